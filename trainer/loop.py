@@ -72,8 +72,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     normalize = make_normalize(data.pixel_mean, data.pixel_std)
     train_loop = make_train_loop(
         strategy, model, state, normalize=normalize, update_fn=update, schedule=schedule, global_batch_size=rows,
-        seed=settings.seed, label_smoothing=settings.label_smoothing, clip_norm=settings.clip_norm,
-        ema_decay=settings.ema_decay, sync_batch_norm=settings.sync_batch_norm, jit=jit)
+        seed=settings.seed, accumulate=settings.accumulate, label_smoothing=settings.label_smoothing,
+        clip_norm=settings.clip_norm, ema_decay=settings.ema_decay, sync_batch_norm=settings.sync_batch_norm, jit=jit)
     batches = iter(distribute(strategy, functools.partial(
         train_dataset, train_source, global_batch_size=rows, seed=settings.seed,
         start_position=int(state.position.numpy()))))

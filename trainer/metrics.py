@@ -1,6 +1,8 @@
 """Metrics as sums on the device, divided once on the host."""
 import tensorflow as tf
 
+SUMS = ('examples', 'loss', 'top1', 'top5')  # what masked_sums counts
+
 
 def is_in_top_k(logits: tf.Tensor, labels: tf.Tensor, k: int) -> tf.Tensor:
     """float32 [B]: 1 where fewer than k classes stand before the label.

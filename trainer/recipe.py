@@ -41,6 +41,7 @@ class Train:
     jit: bool | str = 'auto'  # compile with XLA; 'auto' does on GPU and TPU, not on the CPU
     precision: str = 'float32'
     label_smoothing: float = 0.0
+    accumulate: int = 1  # parts that a replica's rows are worked off in; each has batch statistics of its own
     clip_norm: float | None = None  # largest global norm of the gradient, taken after the all-reduce
     ema_decay: float | None = None  # keeps an exponential moving average of the weights and evaluates it too
     sync_batch_norm: bool = False  # batch statistics of the global batch, not of each replica's rows
@@ -53,7 +54,7 @@ class Train:
 
     def __post_init__(self):
         require(is_number(self.epochs) and self.epochs > 0, 'train.epochs', self.epochs, 'a positive number')
-        for name in ('global_batch_size', 'steps_per_loop', 'checkpoint_every_steps', 'keep_checkpoints',
+        for name in ('global_batch_size', 'steps_per_loop', 'accumulate', 'checkpoint_every_steps', 'keep_checkpoints',
                      'log_every_steps'):
             require(_is_integer(getattr(self, name), 1), f'train.{name}', getattr(self, name), 'a positive integer')
         for name in ('model', 'optimizer', 'schedule'):
@@ -78,6 +79,8 @@ class Train:
                 self.eval_every_epochs, 'a positive number')
         for name in ('sync_batch_norm', 'allow_config_change'):
             require(isinstance(getattr(self, name), bool), f'train.{name}', getattr(self, name), 'True or False')
+        require(not (self.sync_batch_norm and self.accumulate > 1), 'train.accumulate', self.accumulate,
+                '1 with train.sync_batch_norm, which takes statistics of the whole global batch at once')
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,11 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     Raises:
         ConfigError: a batch that the replicas do not divide, or more classes in the data than in the model.
     """
-    replicas, rows = strategy.num_replicas_in_sync, settings.global_batch_size
-    if rows % replicas:
-        raise ConfigError(f'train.global_batch_size is {rows}; it must be a multiple of the {replicas} replicas, as '
-                          f'{max(1, rows // replicas) * replicas}')
+    replicas, parts, rows = strategy.num_replicas_in_sync, settings.accumulate, settings.global_batch_size
+    if rows % (replicas * parts):
+        times = f' times train.accumulate = {parts}' if parts > 1 else ''
+        raise ConfigError(f'train.global_batch_size is {rows}; it must be a multiple of the {replicas} replicas{times}, '
+                          f'as {max(1, rows // (replicas * parts)) * replicas * parts}')
     init_slots, update = settings.optimizer()
     policy = keras.config.dtype_policy()
     keras.utils.set_random_seed(settings.seed)

@@ -3,6 +3,7 @@
 The only file that knows of replicas: strategy.run, all_reduce and jit_compile stand here and nowhere else. A training
 step is two pure functions, forward_backward and update, with one packed all-reduce between them.
 """
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import tensorflow as tf
 from ghostnet.keyed import row_keys, step_context
 from trainer.ema import ema_update
 from trainer.loss import smoothed_cross_entropy
-from trainer.metrics import masked_sums
+from trainer.metrics import SUMS, masked_sums
 from trainer.optimizer import clip_by_global_norm
 from trainer.recipe import ConfigError
 from trainer.state import TrainState
@@ -77,8 +78,8 @@ def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) 
 def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, *,
                     normalize: Callable[[tf.Tensor], tf.Tensor], update_fn: Callable,
                     schedule: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int, seed: int,
-                    label_smoothing: float, clip_norm: float | None, ema_decay: float | None, sync_batch_norm: bool,
-                    jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
+                    accumulate: int, label_smoothing: float, clip_norm: float | None, ema_decay: float | None,
+                    sync_batch_norm: bool, jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
     """Makes train_loop(iterator, num_steps) -> float32 scalars summed over the steps.
 
     The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
@@ -91,7 +92,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
         schedule: step -> learning rate.
         global_batch_size: rows over all replicas.
         seed: of what is drawn on the device.
-        label_smoothing, clip_norm, ema_decay, sync_batch_norm: as in recipe.Train.
+        accumulate, label_smoothing, clip_norm, ema_decay, sync_batch_norm: as in recipe.Train.
         jit: compile with XLA: the whole step on one replica, else forward_backward and update, each by itself.
     """
     num_replicas = strategy.num_replicas_in_sync
@@ -115,6 +116,21 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
         return grads, dict(zip(batch_stats, new_stats, strict=True)), masked_sums(logits, losses, batch['label'],
                                                                                   batch['mask'])
 
+    def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, batch: Tensors, keys: tf.Tensor):
+        """The sums of forward_backward over `accumulate` equal parts of the rows, as if each were a replica's."""
+        parts = tf.nest.map_structure(lambda t: tf.reshape(t, [accumulate, -1, *t.shape[1:]]), (batch, keys))
+
+        def add_part(i, totals):
+            part = tf.nest.map_structure(lambda t: t[i], parts)
+            return i + 1, tf.nest.map_structure(tf.add, totals, forward_backward(params, batch_stats, *part))
+
+        zeros = tf.nest.map_structure(tf.zeros_like, (params, batch_stats, dict.fromkeys(SUMS, tf.constant(0.0))))
+        # Parts need nothing of each other but the sum. One after the other they save memory; on the CPU, where most
+        # operations are too small to be shared by threads, a part to each core is the fastest way through a batch.
+        parallel = 1 if has_accelerator() else max(1, len(os.sched_getaffinity(0)) // num_replicas)
+        return tf.while_loop(lambda i, _: i < accumulate, add_part, (tf.constant(0), zeros),
+                             parallel_iterations=parallel)[1]
+
     def update(params: Tensors, batch_stats: Tensors, slots: Any, ema: Tensors, grads: Tensors,
                new_stats: Tensors, step: tf.Tensor):
         norm = tf.linalg.global_norm(list(grads.values()))
@@ -131,8 +147,9 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
         kept = tf.cond(is_finite, take, lambda: (params, batch_stats, slots, ema))
         return kept, is_finite, norm
 
+    compute = forward_backward if accumulate == 1 else forward_backward_in_parts
     if jit and num_replicas > 1:
-        forward_backward = tf.function(forward_backward, jit_compile=True, autograph=False)
+        compute = tf.function(compute, jit_compile=True, autograph=False)
         update = tf.function(update, jit_compile=True, autograph=False)
 
     def replica_step(batch: Tensors) -> Tensors:
@@ -141,10 +158,11 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
             tf.convert_to_tensor, (state.params, state.batch_stats, state.slots, state.ema))
         step = tf.convert_to_tensor(state.step)
         keys = row_keys(seed, step, replica.replica_id_in_sync_group * rows, rows)
-        grads, new_stats, sums = forward_backward(params, batch_stats, batch, keys)
+        grads, new_stats, sums = compute(params, batch_stats, batch, keys)
         if num_replicas > 1:
             grads, new_stats, sums = _all_reduce_sum(replica, (grads, new_stats, sums))
-            new_stats = {path: s / num_replicas for path, s in new_stats.items()}  # one view of them for all replicas
+        if num_replicas * accumulate > 1:  # one view of them for all replicas and parts
+            new_stats = {path: s / (num_replicas * accumulate) for path, s in new_stats.items()}
         kept, is_finite, norm = update(params, batch_stats, slots, ema, grads, new_stats, step)
         params, batch_stats, slots, ema = kept
         _assign(state.params, params)
@@ -158,7 +176,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
     if jit and num_replicas == 1:
         replica_step = tf.function(replica_step, jit_compile=True, autograph=False)
 
-    names = ('examples', 'seen', 'loss', 'top1', 'top5', 'grad_norm', 'skipped')
+    names = (*SUMS, 'seen', 'grad_norm', 'skipped')
 
     @tf.function
     def train_loop(iterator, num_steps):
@@ -197,14 +215,12 @@ def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params:
     def replica_step(batch: Tensors) -> Tensors:
         return forward(*tf.nest.map_structure(tf.convert_to_tensor, (params, batch_stats)), batch)
 
-    names = ('examples', 'loss', 'top1', 'top5')
-
     @tf.function
     def eval_loop(iterator, num_batches):
-        totals = tf.zeros([len(names)], tf.float64)
+        totals = tf.zeros([len(SUMS)], tf.float64)
         for _ in tf.range(num_batches):
             sums = strategy.run(replica_step, args=(next(iterator),))
-            totals += tf.cast(tf.stack([strategy.reduce('SUM', sums[name], axis=None) for name in names]), tf.float64)
-        return dict(zip(names, tf.unstack(totals), strict=True))
+            totals += tf.cast(tf.stack([strategy.reduce('SUM', sums[name], axis=None) for name in SUMS]), tf.float64)
+        return dict(zip(SUMS, tf.unstack(totals), strict=True))
 
     return eval_loop

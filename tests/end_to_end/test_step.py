@@ -94,7 +94,7 @@ class Trainer:
 
 
 def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALIZE, precision='float32',
-          ema_decay=None, jit=False, sync_batch_norm=False, clip_norm=None):
+          ema_decay=None, jit=False, sync_batch_norm=False, clip_norm=None, accumulate=1):
     # Strategies of one process use the same keys for their collectives, and fail where these differ in size.
     # TensorFlow's own tests keep them apart in this way; moved on behind it too, for whatever test comes next.
     tf.distribute.MirroredStrategy._collective_key_base += 100_000
@@ -109,8 +109,8 @@ def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALI
         variable.assign(rng.uniform(low, high, variable.shape).astype(np.float32))
     loop = make_train_loop(strategy, model, state, normalize=normalize, update_fn=update,
                            schedule=lambda step: tf.constant(0.1), global_batch_size=rows, seed=0,
-                           label_smoothing=LABEL_SMOOTHING, clip_norm=clip_norm, ema_decay=ema_decay,
-                           sync_batch_norm=sync_batch_norm, jit=jit)
+                           accumulate=accumulate, label_smoothing=LABEL_SMOOTHING, clip_norm=clip_norm,
+                           ema_decay=ema_decay, sync_batch_norm=sync_batch_norm, jit=jit)
     return Trainer(strategy, model, state, loop)
 
 
@@ -215,6 +215,28 @@ def test_without_synchronising_all_replicas_hold_the_mean_of_their_statistics():
         for value in values:
             np.testing.assert_array_equal(value, values[0], err_msg=name)
     np.testing.assert_allclose(vector(trainer.values('batch_stats/')), np.mean(each, axis=0), rtol=1e-5, atol=1e-6)
+
+
+# Accumulation: parts of a batch, one after the other or one a core
+
+@pytest.mark.parametrize(('num_replicas', 'accumulate'), [(1, 4), (2, 2)])
+def test_four_parts_in_inference_mode_compute_what_the_batch_computes(num_replicas, accumulate):
+    assert_same_step(inference(small_network), num_replicas, accumulate=accumulate)
+
+
+@pytest.mark.parametrize(('num_replicas', 'options'), [(1, {}), (2, {}), (1, {'jit': True}), (2, {'jit': True})])
+def test_four_parts_compute_what_four_replicas_compute(num_replicas, options):
+    """Batch norm takes statistics by the part, as it does by the replica; dropout goes by the row of the batch."""
+    replicas, before, sums_replicas = one_step(small_network, 4, ema_decay=0.9)
+    parts, before_parts, sums = one_step(small_network, num_replicas, ema_decay=0.9, accumulate=4 // num_replicas,
+                                         **options)
+    assert_same_bits(before_parts, before)
+    assert relative_difference(parts.gradient(), replicas.gradient()) < 1e-5
+    for prefix in ('params/', 'batch_stats/', 'ema/'):
+        assert relative_difference(vector(parts.values(prefix)), vector(replicas.values(prefix))) < 1e-5
+    assert (sums['examples'], sums['top1']) == (ROWS, sums_replicas['top1'])
+    for name in ('loss', 'grad_norm'):
+        assert sums[name] == pytest.approx(sums_replicas[name], rel=1e-5)
 
 
 @pytest.mark.parametrize('num_replicas', [1, 2, 4])
