@@ -24,7 +24,7 @@ LEVELS = (
     {'evaluate'},
     {'step'},
     {'state', 'optimizer', 'checkpoint', 'telemetry', 'strategy', 'preemption', 'goodput'},
-    {'schedule', 'loss', 'metrics', 'mix', 'ema', 'distill'},
+    {'schedule', 'loss', 'loss_scale', 'metrics', 'mix', 'ema', 'distill'},
     {'recipe'},
 )
 THIRD_PARTY = {

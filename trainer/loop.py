@@ -105,6 +105,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
 
             is_last, is_eval = step == last_step, evaluators and step == next_eval or step == last_step
             metrics = reported.metrics(float(schedule(tf.constant(step - 1))))
+            if state.loss_scale:
+                metrics['train/loss_scale'] = float(state.loss_scale['loss_scale'].numpy())
             line = progress_line(step=step, num_steps=last_step, metrics=metrics,
                                  eta_secs=(last_step - step) * rows / metrics['train/images_per_sec'])
             if step % settings.log_every_steps == 0 or is_eval:

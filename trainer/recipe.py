@@ -65,8 +65,8 @@ class Train:
         require(self.max_steps is None or _is_integer(self.max_steps, 1), 'train.max_steps', self.max_steps,
                 'None or a positive integer')
         require(self.jit in ('auto', True, False), 'train.jit', self.jit, "'auto', True or False")
-        require(self.precision in ('float32', 'mixed_bfloat16'), 'train.precision', self.precision,
-                "'float32' or 'mixed_bfloat16'")
+        require(self.precision in ('float32', 'mixed_bfloat16', 'mixed_float16'), 'train.precision', self.precision,
+                "'float32', 'mixed_bfloat16' or 'mixed_float16'")
         require(is_number(self.label_smoothing, 0, 1), 'train.label_smoothing', self.label_smoothing,
                 'at least 0 and below 1')
         require(self.clip_norm is None or is_number(self.clip_norm) and self.clip_norm > 0, 'train.clip_norm',

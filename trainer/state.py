@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer.loss_scale import init_loss_scale
 from trainer.recipe import ConfigError, Train
 
 Variables = dict[str, tf.Variable]
@@ -21,6 +22,7 @@ class TrainState:
     step: int64 scalar, updates made. position: int64 scalar, the next example's place in the stream of epochs.
     params, batch_stats: {path: float32 variable}, the model's own. slots: {slot name: {path: variable}}.
     ema: {path: variable} over params and batch_stats; empty if none is kept.
+    loss_scale: see loss_scale.py; empty unless precision is mixed_float16.
     """
 
     step: tf.Variable
@@ -29,10 +31,11 @@ class TrainState:
     batch_stats: Variables
     slots: dict[str, Variables]
     ema: Variables
+    loss_scale: Variables
 
     def variables(self) -> Variables:
         """All of it, by the names it has in a checkpoint."""
-        named = {'step': self.step, 'position': self.position}
+        named = {'step': self.step, 'position': self.position, **self.loss_scale}
         named.update({f'params/{path}': v for path, v in self.params.items()})
         named.update({f'batch_stats/{path}': v for path, v in self.batch_stats.items()})
         for slot, variables in self.slots.items():
@@ -57,7 +60,8 @@ def variable_path(model: keras.Model, variable: keras.Variable) -> str:
     return variable.path.removeprefix(f'{model.name}/')
 
 
-def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: bool = False) -> TrainState:
+def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: bool = False,
+                      precision: str = 'float32') -> TrainState:
     """Builds the state around the variables of `model`. To be called inside the strategy's scope."""
     params = {variable_path(model, v): v.value for v in model.trainable_variables}
     batch_stats = {variable_path(model, v): v.value for v in model.non_trainable_variables}
@@ -75,7 +79,8 @@ def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: boo
     slots = {slot: build_variables(tensors) for slot, tensors in init_slots(initial).items()}
     averaged = params | batch_stats if with_ema else {}
     ema = build_variables({path: tf.convert_to_tensor(v) for path, v in averaged.items()})
-    return TrainState(scalar('step'), scalar('position'), params, batch_stats, slots, ema)
+    loss_scale = build_variables(init_loss_scale(precision))
+    return TrainState(scalar('step'), scalar('position'), params, batch_stats, slots, ema, loss_scale)
 
 
 def num_logits(model: keras.Model) -> int:
@@ -100,8 +105,8 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     replicas, parts, rows = strategy.num_replicas_in_sync, settings.accumulate, settings.global_batch_size
     if rows % (replicas * parts):
         times = f' times train.accumulate = {parts}' if parts > 1 else ''
-        raise ConfigError(f'train.global_batch_size is {rows}; it must be a multiple of the {replicas} replicas{times}, '
-                          f'as {max(1, rows // (replicas * parts)) * replicas * parts}')
+        raise ConfigError(f'train.global_batch_size is {rows}; it must be a multiple of the {replicas} replicas{times},'
+                          f' as {max(1, rows // (replicas * parts)) * replicas * parts}')
     init_slots, update = settings.optimizer()
     policy = keras.config.dtype_policy()
     keras.utils.set_random_seed(settings.seed)
@@ -109,7 +114,8 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     try:
         with strategy.scope():
             model = settings.model()
-            state = build_train_state(model, init_slots, with_ema=settings.ema_decay is not None)
+            state = build_train_state(model, init_slots, with_ema=settings.ema_decay is not None,
+                                      precision=settings.precision)
     except ValueError as error:  # of a value that the network refuses
         raise ConfigError(str(error).splitlines()[0]) from error
     finally:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from ghostnet.keyed import row_keys, step_context
 from trainer.ema import ema_update
 from trainer.loss import smoothed_cross_entropy
+from trainer.loss_scale import next_loss_scale
 from trainer.metrics import SUMS, masked_sums
 from trainer.optimizer import clip_by_global_norm
 from trainer.recipe import ConfigError
@@ -98,7 +99,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
     num_replicas = strategy.num_replicas_in_sync
     rows = global_batch_size // num_replicas
 
-    def forward_backward(params: Tensors, batch_stats: Tensors, batch: Tensors, keys: tf.Tensor):
+    def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor):
         cross_replica_mean = None
         if sync_batch_norm and num_replicas > 1:
             replica = tf.distribute.get_replica_context()
@@ -112,17 +113,20 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
             losses = smoothed_cross_entropy(logits, batch['label'], label_smoothing)
             # Divided by the global batch here and summed over replicas below: the gradient of the global mean.
             loss = tf.reduce_sum(batch['mask'] * losses) / global_batch_size
+            loss *= loss_scale.get('loss_scale', 1.0)
         grads = tape.gradient(loss, params)
         return grads, dict(zip(batch_stats, new_stats, strict=True)), masked_sums(logits, losses, batch['label'],
                                                                                   batch['mask'])
 
-    def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, batch: Tensors, keys: tf.Tensor):
+    def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors,
+                                  keys: tf.Tensor):
         """The sums of forward_backward over `accumulate` equal parts of the rows, as if each were a replica's."""
         parts = tf.nest.map_structure(lambda t: tf.reshape(t, [accumulate, -1, *t.shape[1:]]), (batch, keys))
 
         def add_part(i, totals):
             part = tf.nest.map_structure(lambda t: t[i], parts)
-            return i + 1, tf.nest.map_structure(tf.add, totals, forward_backward(params, batch_stats, *part))
+            return i + 1, tf.nest.map_structure(tf.add, totals, forward_backward(params, batch_stats, loss_scale,
+                                                                              *part))
 
         zeros = tf.nest.map_structure(tf.zeros_like, (params, batch_stats, dict.fromkeys(SUMS, tf.constant(0.0))))
         # Parts need nothing of each other but the sum. One after the other they save memory; on the CPU, where most
@@ -131,8 +135,10 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
         return tf.while_loop(lambda i, _: i < accumulate, add_part, (tf.constant(0), zeros),
                              parallel_iterations=parallel)[1]
 
-    def update(params: Tensors, batch_stats: Tensors, slots: Any, ema: Tensors, grads: Tensors,
+    def update(params: Tensors, batch_stats: Tensors, slots: Any, ema: Tensors, loss_scale: Tensors, grads: Tensors,
                new_stats: Tensors, step: tf.Tensor):
+        if loss_scale:
+            grads = {path: g / loss_scale['loss_scale'] for path, g in grads.items()}
         norm = tf.linalg.global_norm(list(grads.values()))
         is_finite = tf.math.is_finite(norm) & tf.reduce_all([tf.reduce_all(tf.math.is_finite(s))
                                                              for s in new_stats.values()])
@@ -145,7 +151,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
         # All replicas see the same sums, so that all take the step or none does. No collective stands in the branches.
         kept = tf.cond(is_finite, take, lambda: (params, batch_stats, slots, ema))
-        return kept, is_finite, norm
+        return *kept, next_loss_scale(loss_scale, is_finite), is_finite, norm
 
     compute = forward_backward if accumulate == 1 else forward_backward_in_parts
     if jit and num_replicas > 1:
@@ -154,22 +160,23 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
     def replica_step(batch: Tensors) -> Tensors:
         replica = tf.distribute.get_replica_context()
-        params, batch_stats, slots, ema = tf.nest.map_structure(
-            tf.convert_to_tensor, (state.params, state.batch_stats, state.slots, state.ema))
+        params, batch_stats, slots, ema, loss_scale = tf.nest.map_structure(
+            tf.convert_to_tensor, (state.params, state.batch_stats, state.slots, state.ema, state.loss_scale))
         step = tf.convert_to_tensor(state.step)
         keys = row_keys(seed, step, replica.replica_id_in_sync_group * rows, rows)
-        grads, new_stats, sums = compute(params, batch_stats, batch, keys)
+        grads, new_stats, sums = compute(params, batch_stats, loss_scale, batch, keys)
         if num_replicas > 1:
             grads, new_stats, sums = _all_reduce_sum(replica, (grads, new_stats, sums))
         if num_replicas * accumulate > 1:  # one view of them for all replicas and parts
             new_stats = {path: s / (num_replicas * accumulate) for path, s in new_stats.items()}
-        kept, is_finite, norm = update(params, batch_stats, slots, ema, grads, new_stats, step)
-        params, batch_stats, slots, ema = kept
+        params, batch_stats, slots, ema, loss_scale, is_finite, norm = update(params, batch_stats, slots, ema,
+                                                                              loss_scale, grads, new_stats, step)
         _assign(state.params, params)
         _assign(state.batch_stats, batch_stats)
         for slot, tensors in slots.items():
             _assign(state.slots[slot], tensors)
         _assign(state.ema, ema)
+        _assign(state.loss_scale, loss_scale)
         taken = {name: tf.where(is_finite, value, 0.0) for name, value in (sums | {'grad_norm': norm}).items()}
         return taken | {'seen': sums['examples'], 'skipped': 1 - tf.cast(is_finite, tf.float32)}
 

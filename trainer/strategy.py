@@ -1,36 +1,47 @@
 """From a name to a tf.distribute.Strategy. The first thing of a run to touch devices."""
 import logging
+import os
 from pathlib import Path
 
 import tensorflow as tf
 
-from trainer.recipe import ConfigError
+from trainer.recipe import ConfigError, is_number, require
 
-NAMES = ('auto', 'one_device', 'mirrored')
+NAMES = ('auto', 'one_device', 'mirrored', 'multi_worker', 'tpu')
 
 
-def build_strategy(name: str = 'auto', num_devices: int | None = None) -> tf.distribute.Strategy:
+def build_strategy(name: str = 'auto', num_devices: int | None = None, timeout_secs: float = 300.0,
+                   tpu: str = 'local') -> tf.distribute.Strategy:
     """Builds the strategy and says in one line what it took.
 
     Args:
-        name: 'one_device'; 'mirrored': all GPUs of this machine, or logical CPUs where there is none; 'auto': mirrored
-            where there is more than one GPU, else one device.
+        name: 'one_device'; 'mirrored': all GPUs of this machine, or logical CPUs where there is none; 'multi_worker':
+            all GPUs, or the CPU, of every process that TF_CONFIG or SLURM names; 'tpu': a TPU slice; 'auto': the first
+            of tpu, multi_worker, mirrored that there is more than one device for, else one device.
         num_devices: how many devices 'mirrored' takes. None: all GPUs. On a CPU: that many logical devices.
+        timeout_secs: how long a worker of 'multi_worker' waits for the others in a collective before it gives up.
+        tpu: 'local' on a TPU VM, or the name of a TPU.
 
     Raises:
-        ConfigError: an unknown name, or more devices than there are.
+        ConfigError: an unknown name, more devices than there are, or no cluster where one is asked for.
     """
     if name not in NAMES:
         raise ConfigError(f'build_strategy.name is {name!r}; it must be one of {", ".join(NAMES)}')
     if num_devices is not None and (not isinstance(num_devices, int) or num_devices < 1):
         raise ConfigError(f'build_strategy.num_devices is {num_devices!r}; it must be None or a positive integer')
+    require(is_number(timeout_secs) and timeout_secs > 0, 'build_strategy.timeout_secs', timeout_secs,
+            'a positive number of seconds')
     gpus = tf.config.list_physical_devices('GPU')
     _warn_of_unseen_gpus(len(gpus))
     if name == 'auto':
-        name = 'mirrored' if len(gpus) > 1 or (num_devices or 1) > 1 else 'one_device'
+        name = _choose(len(gpus), num_devices)
+    if num_devices is not None and name != 'mirrored' and (name, num_devices) != ('one_device', 1):
+        raise ConfigError(f'build_strategy.num_devices is {num_devices} with {name}; take mirrored')
+    if name == 'tpu':
+        return _build_tpu_strategy(tpu)
+    if name == 'multi_worker':
+        return _build_multi_worker_strategy(len(gpus), timeout_secs)
     if name == 'one_device':
-        if (num_devices or 1) > 1:
-            raise ConfigError(f'build_strategy.num_devices is {num_devices} with one_device; take mirrored')
         devices = ['GPU:0' if gpus else 'CPU:0']
         strategy = tf.distribute.OneDeviceStrategy(devices[0])
     else:
@@ -42,9 +53,75 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None) -> tf.dis
     return strategy
 
 
+def _choose(num_gpus: int, num_devices: int | None) -> str:
+    if os.environ.get('PJRT_DEVICE') == 'TPU':  # launch/tpu_vm.sh sets it: TensorFlow needs it to find the chips
+        return 'tpu'
+    if num_devices is None and _find_cluster() is not None:
+        return 'multi_worker'
+    return 'mirrored' if (num_devices or num_gpus) > 1 else 'one_device'
+
+
 def has_accelerator() -> bool:
-    """Whether steps run on a GPU, where XLA is faster than op by op."""
-    return bool(tf.config.list_physical_devices('GPU'))
+    """Whether steps run on a GPU or a TPU, where XLA is faster than op by op."""
+    return bool(tf.config.list_physical_devices('GPU') or tf.config.list_physical_devices('TPU'))
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one that writes to the workdir: the first worker, or the only one."""
+    return strategy.extended.should_checkpoint
+
+
+def describe_worker(strategy: tf.distribute.Strategy, index: int) -> str:
+    """'worker 1 (host:port)', for messages."""
+    resolver = strategy.cluster_resolver
+    addresses = resolver.cluster_spec().as_dict().get('worker', []) if resolver else []
+    return f'worker {index}' + (f' ({addresses[index]})' if index < len(addresses) else '')
+
+
+def _find_cluster() -> tf.distribute.cluster_resolver.ClusterResolver | None:
+    """The cluster that TF_CONFIG or SLURM describes, if it has more than one worker."""
+    if os.environ.get('TF_CONFIG'):
+        try:
+            resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+            workers = resolver.cluster_spec().as_dict()['worker']
+            if resolver.task_type != 'worker' or not 0 <= resolver.task_id < len(workers):
+                raise ValueError(f'task {resolver.task_type} {resolver.task_id} is none of the {len(workers)} workers')
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f'TF_CONFIG is {os.environ["TF_CONFIG"]!r}: {error!r}; it must be as {{"cluster": '
+                              '{"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}') from error
+        return resolver if len(workers) > 1 else None
+    if int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
+        return tf.distribute.cluster_resolver.SlurmClusterResolver()
+    return None
+
+
+def _build_multi_worker_strategy(num_gpus: int, timeout_secs: float) -> tf.distribute.Strategy:
+    resolver = _find_cluster()
+    if resolver is None:
+        raise ConfigError("build_strategy.name is 'multi_worker', but neither TF_CONFIG nor SLURM names more than one "
+                          'worker: start it with launch/multi_worker.sh or launch/slurm.sbatch')
+    implementation = tf.distribute.experimental.CommunicationImplementation
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(
+        cluster_resolver=resolver, communication_options=tf.distribute.experimental.CommunicationOptions(
+            timeout_seconds=timeout_secs, implementation=implementation.NCCL if num_gpus else implementation.RING))
+    logging.info('strategy multi_worker: this is %s of %d, with %s', describe_worker(strategy, resolver.task_id),
+                 len(resolver.cluster_spec().as_dict()['worker']), f'{num_gpus} GPUs' if num_gpus else 'a CPU')
+    return strategy
+
+
+def _build_tpu_strategy(tpu: str) -> tf.distribute.Strategy:
+    """Never run on a TPU by the authors of this file."""
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
+        if tpu != 'local':
+            tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+    except (ValueError, tf.errors.OpError) as error:
+        raise ConfigError(f"build_strategy.name is 'tpu' and build_strategy.tpu {tpu!r}, but no TPU answers: "
+                          f'{str(error).splitlines()[0]}; start it with launch/tpu_vm.sh on a TPU VM') from error
+    strategy = tf.distribute.TPUStrategy(resolver)
+    logging.info('strategy tpu on %d cores of %s', strategy.num_replicas_in_sync, tpu)
+    return strategy
 
 
 def _logical_cpus(count: int) -> list[str]:

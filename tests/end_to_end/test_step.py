@@ -68,7 +68,7 @@ def poisonable_network():
             return tf.where(images[:, :1, 0, 0] == POISON, float('nan'), 1.0) * logits
 
     network = small_network()
-    return keras.Model(network.input, Poison()(network.output, network.input))
+    return keras.Model(network.input, Poison(dtype='float32')(network.output, network.input))
 
 
 @dataclass
@@ -361,6 +361,40 @@ def test_mixed_precision_keeps_variables_statistics_and_logits_in_float32():
     assert 0 < relative_difference(mixed.gradient(), plain.gradient()) < 0.1
     difference = np.abs(vector(mixed.values('batch_stats/')) - vector(plain.values('batch_stats/')))
     assert 0 < difference.max() < 0.05
+
+
+@pytest.mark.parametrize('num_replicas', [1, 2])
+def test_float16_computes_what_float32_does_whatever_the_scale(num_replicas):
+    plain, _, plain_sums = one_step(small_network, num_replicas, ema_decay=0.9)
+    for scale in (2.0**8, 2.0**13):
+        half = build(num_replicas=num_replicas, precision='mixed_float16')
+        half.state.loss_scale['loss_scale'].assign(scale)
+        sums = half.run(make_batch())
+        assert half.model.get_layer('stem').compute_dtype == 'float16'
+        assert sums['skipped'] == 0
+        assert sums['loss'] == pytest.approx(plain_sums['loss'], rel=0.005)
+        assert sums['grad_norm'] == pytest.approx(plain_sums['grad_norm'], rel=0.02)
+        assert 0 < relative_difference(half.gradient(), plain.gradient()) < 0.02
+        assert {name: float(v) for name, v in half.values('loss_scale').items()} == {
+            'loss_scale': scale, 'loss_scale_steps': 1}
+
+
+@pytest.mark.parametrize('num_replicas', [1, 4])
+def test_a_gradient_too_large_for_float16_on_any_replica_halves_the_scale_on_all(num_replicas):
+    trainer = build(poisonable_network, num_replicas, precision='mixed_float16',
+                    normalize=lambda images: tf.cast(images, tf.float32))
+    trainer.state.loss_scale['loss_scale'].assign(64.0)
+    for replica in range(num_replicas):
+        before = replica_values(trainer)
+        poisoned = make_batch(9)
+        poisoned['image'][replica * ROWS // num_replicas + 1, 0, 0] = POISON
+        assert trainer.run(poisoned)['skipped'] == 1
+        after = replica_values(trainer)
+        for name, values in after.items():
+            for value, old in zip(values, before[name]):
+                wanted = {'step': old + 1, 'position': old + ROWS, 'loss_scale': old / 2, 'loss_scale_steps': 0}
+                np.testing.assert_array_equal(value, wanted.get(name, old), err_msg=name)
+    assert trainer.run(make_batch(9))['skipped'] == 0
 
 
 def test_any_number_of_steps_runs_the_one_trace():

@@ -95,7 +95,7 @@ def test_the_bindings_that_always_exist():
     """Names and defaults of the public contract: bound to their defaults they change nothing."""
     assert difference('train.seed=0', 'train.max_steps=None', 'train.steps_per_loop=100', "train.jit='auto'",
                       "train.precision='float32'", 'train.clip_norm=None', 'train.ema_decay=None',
-                      'train.sync_batch_norm=False', 'train.checkpoint_every_secs=None', 'train.keep_checkpoints=3',
+                      'train.accumulate=1', 'train.sync_batch_norm=False', 'train.checkpoint_every_secs=None', 'train.keep_checkpoints=3',
                       'train.eval_every_epochs=1', 'train.allow_config_change=False', "data.train_split='train'",
                       "evaluate.checkpoint='latest'", "evaluate.weights='raw'", "build_strategy.name='auto'",
                       'build_strategy.num_devices=None', 'ghostnet.version=1', 'ghostnet.dropout=None') == {}
@@ -325,7 +325,8 @@ def test_a_value_without_default_must_be_bound(name):
     ('param', 'start'),
     [
         ('train.epochs=0', 'train.epochs is 0; it must be a positive number'),
-        ("train.precision='float16'", "train.precision is 'float16'; it must be 'float32' or 'mixed_bfloat16'"),
+        ("train.precision='float16'",
+         "train.precision is 'float16'; it must be 'float32', 'mixed_bfloat16' or 'mixed_float16'"),
         ('train.optimizer=@sgd()', 'train.optimizer is '),
         ('data.pixel_std=(58, 57, 57)', 'data.pixel_std is (58, 57, 57); '),
         ("evaluate.weights='best'", "evaluate.weights is 'best'; "),
@@ -344,7 +345,7 @@ LEFT_OUT = {'train.max_steps': '5', 'train.steps_per_loop': '5', 'train.jit': 'T
             'build_strategy.num_devices': '2', 'evaluate.checkpoint': "'best'", 'evaluate.weights': "'ema'"}
 TAKEN_IN = {'train.seed': '1', 'train.epochs': '90', 'train.global_batch_size': '64', 'train.label_smoothing': '0.2',
             'train.clip_norm': '1.0', 'train.ema_decay': '0.999', 'train.precision': "'mixed_bfloat16'",
-            'train.sync_batch_norm': 'True', 'ghostnet.width': '0.5', 'ghostnet.num_classes': '10',
+            'train.sync_batch_norm': 'True', 'train.accumulate': '2', 'ghostnet.width': '0.5', 'ghostnet.num_classes': '10',
             'ghostnet.dropout': '0.1', 'sgd.momentum': '0.8', 'sgd.nesterov': 'True', 'sgd.weight_decay': '0.0',
             'cosine.peak_rate': '0.1', 'cosine.warmup_epochs': '1', 'cosine.final_rate': '0.01',
             'train_dataset.image_size': '64', 'train_dataset.flip': 'False', 'random_resized_crop.scale': '(0.5, 1.0)',

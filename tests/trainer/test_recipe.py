@@ -18,8 +18,9 @@ WRONG_TRAIN = {
     'max_steps': ([0, -1, 1.5, '5', True], 'None or a positive integer'),
     'steps_per_loop': ([0, -1, 2.5, '5', None, True], 'a positive integer'),
     'jit': (['yes', 'Auto', None, 2], "'auto', True or False"),
-    'precision': (['float16', 'bfloat16', None, 16], "'float32' or 'mixed_bfloat16'"),
+    'precision': (['float16', 'bfloat16', None, 16], "'float32', 'mixed_bfloat16' or 'mixed_float16'"),
     'label_smoothing': ([-0.1, 1, 1.0, '0.1', None, float('nan')], 'at least 0 and below 1'),
+    'accumulate': ([0, -1, 2.0, '2', None, True], 'a positive integer'),
     'clip_norm': ([0, -1.0, '1', True], 'None or a positive number'),
     'ema_decay': ([-0.1, 1, 1.5, '0.9', True], 'None, or at least 0 and below 1'),
     'sync_batch_norm': ([0, 1, 'True', None], 'True or False'),
@@ -79,11 +80,17 @@ def test_a_model_is_no_factory_of_models():
 @pytest.mark.parametrize(
     'right',
     [{'epochs': 1}, {'max_steps': 1}, {'jit': True}, {'jit': False}, {'jit': 'auto'}, {'precision': 'mixed_bfloat16'},
+     {'precision': 'mixed_float16'}, {'accumulate': 2}, {'accumulate': 1, 'sync_batch_norm': True},
      {'label_smoothing': 0}, {'label_smoothing': 0.999}, {'clip_norm': 1}, {'ema_decay': 0.0}, {'ema_decay': 0.9999},
      {'checkpoint_every_secs': 0}, {'checkpoint_every_secs': 0.5}, {'eval_every_epochs': 0.25}],
 )
 def test_right_values_are_taken(right):
     assert dataclasses.asdict(Train(**{**RIGHT_TRAIN, **right})).items() >= right.items()
+
+
+def test_statistics_are_of_the_whole_batch_or_of_its_parts():
+    with pytest.raises(ConfigError, match='^train.accumulate is 2; it must be 1 with train.sync_batch_norm'):
+        Train(**RIGHT_TRAIN, accumulate=2, sync_batch_norm=True)
 
 
 def test_the_edges_of_the_pixel_constants():
