@@ -13,7 +13,7 @@ from ghostnet.keyed import row_keys, step_context
 from trainer.ema import ema_update
 from trainer.loss import smoothed_cross_entropy
 from trainer.metrics import masked_sums
-from trainer.optimizer import clip_by_global_norm
+from trainer.optimizer import clip_adaptively, clip_by_global_norm
 from trainer.recipe import ConfigError
 from trainer.state import TrainState
 from trainer.strategy import has_accelerator
@@ -78,7 +78,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
                     normalize: Callable[[tf.Tensor], tf.Tensor], update_fn: Callable,
                     schedule: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int, seed: int,
                     label_smoothing: float, clip_norm: float | None, ema_decay: float | None, sync_batch_norm: bool,
-                    jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
+                    jit: bool, adaptive_clip: float | None = None) -> Callable[[Iterator, tf.Tensor], Tensors]:
     """Makes train_loop(iterator, num_steps) -> float32 scalars summed over the steps.
 
     The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
@@ -91,7 +91,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
         schedule: step -> learning rate.
         global_batch_size: rows over all replicas.
         seed: of what is drawn on the device.
-        label_smoothing, clip_norm, ema_decay, sync_batch_norm: as in recipe.Train.
+        label_smoothing, clip_norm, adaptive_clip, ema_decay, sync_batch_norm: as in recipe.Train.
         jit: compile with XLA: the whole step on one replica, else forward_backward and update, each by itself.
     """
     num_replicas = strategy.num_replicas_in_sync
@@ -123,6 +123,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
         def take():
             clipped = grads if clip_norm is None else clip_by_global_norm(grads, norm, clip_norm)
+            clipped = clipped if adaptive_clip is None else clip_adaptively(clipped, params, adaptive_clip)
             new_params, new_slots = update_fn(clipped, slots, params, schedule(step), step)
             new_ema = ema_update(ema, new_params | new_stats, ema_decay, step) if ema else {}
             return new_params, new_stats, new_slots, new_ema
