@@ -44,12 +44,15 @@ _ROOTS = {'train': recipe.Train, 'data': recipe.Data, 'evaluate': recipe.Evaluat
           'build_strategy': strategy.build_strategy, 'train_dataset': input_pipeline.train_dataset,
           'eval_dataset': input_pipeline.eval_dataset}
 _PARTS = {'ghostnet': build_ghostnet, 'article_ghostnet': build_article_ghostnet, 'sgd': optimizer.sgd,
-          'cosine': schedule.cosine, 'random_resized_crop': input_pipeline.make_random_resized_crop,
+          'rmsprop': optimizer.rmsprop, 'adamw': optimizer.adamw, 'lamb': optimizer.lamb, 'cosine': schedule.cosine,
+          'linear': schedule.linear, 'exponential': schedule.exponential, 'constant_rate': schedule.constant_rate,
+          'random_resized_crop': input_pipeline.make_random_resized_crop,
           'random_shift': input_pipeline.make_random_shift}
 # What a run gives to its roots itself: not for gin to bind.
 _GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_position', 'shard', 'num_shards'],
           'eval_dataset': ['source', 'global_batch_size', 'shard', 'num_shards'],
-          'cosine': ['num_steps', 'steps_per_epoch']}
+          **dict.fromkeys(['cosine', 'linear', 'exponential', 'constant_rate'],
+                          ['num_steps', 'steps_per_epoch', 'global_batch_size'])}
 _CONFIGURABLES = {name: gin.external_configurable(target, name, denylist=_GIVEN.get(name))
                   for name, target in (_ROOTS | _PARTS).items()}
 

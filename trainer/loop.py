@@ -57,7 +57,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     steps_per_epoch = num_examples / rows
 
     # ---- What is trained, and from where on ----
-    schedule = settings.schedule(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    schedule = settings.schedule(num_steps=num_steps, steps_per_epoch=steps_per_epoch, global_batch_size=rows)
     num_classes = max(source.num_classes for source in (train_source, eval_source) if source is not None)
     model, state, update = build_model_and_state(settings, strategy, num_classes)
     meta = {'fingerprint': {**fingerprint, 'number of training examples': str(num_examples)}, **_environment(strategy)}
@@ -73,7 +73,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     train_loop = make_train_loop(
         strategy, model, state, normalize=normalize, update_fn=update, schedule=schedule, global_batch_size=rows,
         seed=settings.seed, accumulate=settings.accumulate, label_smoothing=settings.label_smoothing,
-        clip_norm=settings.clip_norm, ema_decay=settings.ema_decay, sync_batch_norm=settings.sync_batch_norm, jit=jit)
+        clip_norm=settings.clip_norm, adaptive_clip=settings.adaptive_clip, ema_decay=settings.ema_decay,
+        sync_batch_norm=settings.sync_batch_norm, jit=jit)
     batches = iter(distribute(strategy, functools.partial(
         train_dataset, train_source, global_batch_size=rows, seed=settings.seed,
         start_position=int(state.position.numpy()))))

@@ -43,6 +43,7 @@ class Train:
     label_smoothing: float = 0.0
     accumulate: int = 1  # parts that a replica's rows are worked off in; each has batch statistics of its own
     clip_norm: float | None = None  # largest global norm of the gradient, taken after the all-reduce
+    adaptive_clip: float | None = None  # largest norm of a unit's gradient, as a part of its parameters' norm
     ema_decay: float | None = None  # keeps an exponential moving average of the weights and evaluates it too
     sync_batch_norm: bool = False  # batch statistics of the global batch, not of each replica's rows
     checkpoint_every_steps: int = 1000
@@ -71,6 +72,10 @@ class Train:
                 'at least 0 and below 1')
         require(self.clip_norm is None or is_number(self.clip_norm) and self.clip_norm > 0, 'train.clip_norm',
                 self.clip_norm, 'None or a positive number')
+        require(self.adaptive_clip is None or is_number(self.adaptive_clip) and self.adaptive_clip > 0,
+                'train.adaptive_clip', self.adaptive_clip, 'None or a positive number')
+        require(self.adaptive_clip is None or self.clip_norm is None, 'train.adaptive_clip', self.adaptive_clip,
+                f'None where train.clip_norm is set ({self.clip_norm!r})')
         require(self.ema_decay is None or is_number(self.ema_decay, 0, 1), 'train.ema_decay', self.ema_decay,
                 'None, or at least 0 and below 1')
         require(self.checkpoint_every_secs is None or is_number(self.checkpoint_every_secs, 0),

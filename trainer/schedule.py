@@ -1,4 +1,20 @@
-"""Learning-rate schedules: factories of f(step) -> float32 scalar. Pure maths; epochs become steps here."""
+"""Learning-rate schedules: factories of f(step) -> float32 scalar. Pure maths; epochs become steps here.
+
+All of them share these arguments:
+    peak_rate: the largest rate, reached at the end of the warmup.
+    num_steps: steps of the whole schedule, warmup included.
+    steps_per_epoch: what turns epochs into steps; it need not be whole.
+    global_batch_size: of the run; wanted where `rate_batch_size` is given.
+    warmup_epochs: length of the warmup, in which the rate rises linearly (Goyal et al. 2017, section 2.2).
+    initial_rate: the rate of step 0, where the warmup starts.
+    rate_batch_size: the global batch that the rates are given for. All of them are multiplied by global_batch_size /
+        rate_batch_size, the linear-scaling rule (Goyal et al. 2017, section 2.1). None: they are taken as they are.
+
+They return: step (integer scalar, 0 is the first) -> float32 scalar.
+
+They raise ConfigError: a warmup that does not end before the schedule does, a rate or a length that is negative or no
+number, an initial rate without a warmup, a batch size that is no positive integer.
+"""
 import math
 from collections.abc import Callable
 
@@ -6,38 +22,102 @@ import tensorflow as tf
 
 from trainer.recipe import ConfigError, is_number, require
 
+Rate = Callable[[tf.Tensor], tf.Tensor]
 
-def cosine(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, warmup_epochs: float = 0.0,
-           final_rate: float = 0.0) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Linear from 0 to `peak_rate` over the warmup, then half a cosine to `final_rate` at `num_steps`.
 
-    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts; warmup as Goyal et al. 2017.
+def cosine(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, global_batch_size: int | None = None,
+           warmup_epochs: float = 0.0, initial_rate: float = 0.0, final_rate: float = 0.0,
+           rate_batch_size: int | None = None) -> Rate:
+    """Warmup, then half a cosine from `peak_rate` to `final_rate` at `num_steps`.
 
-    Args:
-        peak_rate: the largest rate, reached at the end of the warmup.
-        num_steps: steps of the whole schedule, warmup included.
-        steps_per_epoch: what turns `warmup_epochs` into steps; it need not be whole.
-        warmup_epochs: length of the warmup.
-        final_rate: the rate at `num_steps`.
+    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.
+    """
+    require(is_number(final_rate, 0), 'cosine.final_rate', final_rate, 'a number, at least 0')
 
-    Returns:
-        step (integer scalar, 0 is the first) -> float32 scalar.
+    def decay(step: tf.Tensor, progress: tf.Tensor) -> tf.Tensor:
+        return final_rate + (peak_rate - final_rate) * 0.5 * (1 + tf.cos(math.pi * progress))
+
+    return _after_warmup(decay, 'cosine', peak_rate, initial_rate, warmup_epochs, steps_per_epoch, num_steps,
+                         rate_batch_size, global_batch_size)
+
+
+def linear(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, global_batch_size: int | None = None,
+           warmup_epochs: float = 0.0, initial_rate: float = 0.0, final_rate: float = 0.0,
+           rate_batch_size: int | None = None) -> Rate:
+    """Warmup, then a straight line from `peak_rate` to `final_rate` at `num_steps`.
+
+    Source: Zhang et al., "ShuffleNet", CVPR 2018, section 4, whose settings the GhostNet paper takes over.
+    """
+    require(is_number(final_rate, 0), 'linear.final_rate', final_rate, 'a number, at least 0')
+
+    def decay(step: tf.Tensor, progress: tf.Tensor) -> tf.Tensor:
+        return peak_rate + (final_rate - peak_rate) * progress
+
+    return _after_warmup(decay, 'linear', peak_rate, initial_rate, warmup_epochs, steps_per_epoch, num_steps,
+                         rate_batch_size, global_batch_size)
+
+
+def exponential(peak_rate: float, *, decay_rate: float, decay_epochs: float, num_steps: int,
+                steps_per_epoch: float = 1.0, global_batch_size: int | None = None, warmup_epochs: float = 0.0,
+                initial_rate: float = 0.0, rate_batch_size: int | None = None) -> Rate:
+    """peak_rate * decay_rate ** k once k * `decay_epochs` are over: a staircase. Below that, a warmup.
+
+    Epochs are counted from step 0, warmup included, so that the first stairs may lie in the warmup and never show. Each
+    stair begins at the step nearest to its place; timm puts it off to the next whole epoch.
+
+    Source: Tan and Le, "EfficientNet", ICML 2019, section 5.2 (0.97 every 2.4 epochs); timm's `step` scheduler.
 
     Raises:
-        ConfigError: a warmup that does not end before the schedule does, a negative rate, or no number.
+        ConfigError: also a decay rate outside (0, 1], or stairs of no length.
     """
-    for name, value in (('peak_rate', peak_rate), ('final_rate', final_rate), ('warmup_epochs', warmup_epochs)):
-        require(is_number(value, 0), f'cosine.{name}', value, 'a number, at least 0')
+    require(is_number(decay_rate) and 0 < decay_rate <= 1, 'exponential.decay_rate', decay_rate,
+            'a number, above 0 and at most 1')
+    require(is_number(decay_epochs) and decay_epochs > 0, 'exponential.decay_epochs', decay_epochs,
+            'a positive number')
+
+    def decay(step: tf.Tensor, progress: tf.Tensor) -> tf.Tensor:
+        # Half a step is more than float32 loses in the division: no stair is put off by its rounding.
+        stair = tf.floor((step + 0.5) / (decay_epochs * steps_per_epoch))
+        return peak_rate * tf.exp(math.log(decay_rate) * stair)
+
+    return _after_warmup(decay, 'exponential', peak_rate, initial_rate, warmup_epochs, steps_per_epoch, num_steps,
+                         rate_batch_size, global_batch_size)
+
+
+def constant_rate(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0,
+                  global_batch_size: int | None = None, warmup_epochs: float = 0.0, initial_rate: float = 0.0,
+                  rate_batch_size: int | None = None) -> Rate:
+    """Warmup, then `peak_rate` for ever: for runs of no fixed length, evaluated by their moving average."""
+    return _after_warmup(lambda step, progress: tf.fill([], float(peak_rate)), 'constant_rate', peak_rate, initial_rate,
+                         warmup_epochs, steps_per_epoch, num_steps, rate_batch_size, global_batch_size)
+
+
+def _after_warmup(decay: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], name: str, peak_rate: float, initial_rate: float,
+                  warmup_epochs: float, steps_per_epoch: float, num_steps: int, rate_batch_size: int | None,
+                  global_batch_size: int | None) -> Rate:
+    """What all schedules share: their checks, the warmup, and the scale of the batch size.
+
+    `decay` takes the step and its place between the end of the warmup (0) and that of the schedule (1).
+    """
+    for parameter, value in (('peak_rate', peak_rate), ('initial_rate', initial_rate),
+                             ('warmup_epochs', warmup_epochs)):
+        require(is_number(value, 0), f'{name}.{parameter}', value, 'a number, at least 0')
+    require(warmup_epochs > 0 or initial_rate == 0, f'{name}.initial_rate', initial_rate,
+            f'0, or be followed by a warmup: bind {name}.warmup_epochs')
+    require(rate_batch_size is None or isinstance(rate_batch_size, int) and is_number(rate_batch_size, 1),
+            f'{name}.rate_batch_size', rate_batch_size, 'None or a positive integer')
+    require(rate_batch_size is None or global_batch_size is not None, f'{name}.rate_batch_size', rate_batch_size,
+            'None where no global_batch_size is given')
     warmup_steps = warmup_epochs * steps_per_epoch
     if warmup_steps >= num_steps:
-        raise ConfigError(f'cosine.warmup_epochs is {warmup_epochs} ({warmup_steps:.0f} steps); it must end before the '
+        raise ConfigError(f'{name}.warmup_epochs is {warmup_epochs} ({warmup_steps:.0f} steps); it must end before the '
                           f'last of the {num_steps} steps of train.epochs')
+    scale = global_batch_size / rate_batch_size if rate_batch_size else 1.0
 
     def rate(step: tf.Tensor) -> tf.Tensor:
         step = tf.cast(step, tf.float32)
-        warmup = peak_rate * step / max(warmup_steps, 1e-9)
+        warmup = initial_rate + (peak_rate - initial_rate) * step / max(warmup_steps, 1e-9)
         progress = tf.clip_by_value((step - warmup_steps) / (num_steps - warmup_steps), 0.0, 1.0)
-        decay = final_rate + (peak_rate - final_rate) * 0.5 * (1 + tf.cos(math.pi * progress))
-        return tf.where(step < warmup_steps, warmup, decay)
+        return scale * tf.where(step < warmup_steps, warmup, decay(step, progress))
 
     return rate

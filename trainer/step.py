@@ -15,7 +15,7 @@ from trainer.ema import ema_update
 from trainer.loss import smoothed_cross_entropy
 from trainer.loss_scale import next_loss_scale
 from trainer.metrics import SUMS, masked_sums
-from trainer.optimizer import clip_by_global_norm
+from trainer.optimizer import clip_adaptively, clip_by_global_norm
 from trainer.recipe import ConfigError
 from trainer.state import TrainState
 from trainer.strategy import has_accelerator
@@ -79,8 +79,9 @@ def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) 
 def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, *,
                     normalize: Callable[[tf.Tensor], tf.Tensor], update_fn: Callable,
                     schedule: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int, seed: int,
-                    accumulate: int, label_smoothing: float, clip_norm: float | None, ema_decay: float | None,
-                    sync_batch_norm: bool, jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
+                    accumulate: int, label_smoothing: float, clip_norm: float | None, adaptive_clip: float | None,
+                    ema_decay: float | None, sync_batch_norm: bool,
+                    jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
     """Makes train_loop(iterator, num_steps) -> float32 scalars summed over the steps.
 
     The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
@@ -93,7 +94,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
         schedule: step -> learning rate.
         global_batch_size: rows over all replicas.
         seed: of what is drawn on the device.
-        accumulate, label_smoothing, clip_norm, ema_decay, sync_batch_norm: as in recipe.Train.
+        accumulate, label_smoothing, clip_norm, adaptive_clip, ema_decay, sync_batch_norm: as in recipe.Train.
         jit: compile with XLA: the whole step on one replica, else forward_backward and update, each by itself.
     """
     num_replicas = strategy.num_replicas_in_sync
@@ -145,6 +146,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
         def take():
             clipped = grads if clip_norm is None else clip_by_global_norm(grads, norm, clip_norm)
+            clipped = clipped if adaptive_clip is None else clip_adaptively(clipped, params, adaptive_clip)
             new_params, new_slots = update_fn(clipped, slots, params, schedule(step), step)
             new_ema = ema_update(ema, new_params | new_stats, ema_decay, step) if ema else {}
             return new_params, new_stats, new_slots, new_ema

@@ -15,7 +15,7 @@ from ghostnet import ghostnet
 from ghostnet.keyed import KeyedDropout
 from ghostnet.layers import ConvBN, GhostBottleneck
 from ghostnet.model import GlobalAveragePool, Head
-from trainer.optimizer import sgd
+from trainer.optimizer import adamw, clip_adaptively, lamb, rmsprop, sgd
 from trainer.recipe import Train
 from trainer.state import TrainState, build_model_and_state
 from trainer.step import distribute, make_eval_loop, make_normalize, make_train_loop
@@ -94,14 +94,15 @@ class Trainer:
 
 
 def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALIZE, precision='float32',
-          ema_decay=None, jit=False, sync_batch_norm=False, clip_norm=None, accumulate=1):
+          ema_decay=None, jit=False, sync_batch_norm=False, clip_norm=None, adaptive_clip=None, accumulate=1,
+          optimizer=sgd):
     # Strategies of one process use the same keys for their collectives, and fail where these differ in size.
     # TensorFlow's own tests keep them apart in this way; moved on behind it too, for whatever test comes next.
     tf.distribute.MirroredStrategy._collective_key_base += 100_000
     strategy = build_strategy('mirrored' if num_replicas > 1 else 'one_device', num_replicas)
     tf.distribute.MirroredStrategy._collective_key_base += 100_000
-    settings = Train(epochs=1, global_batch_size=rows, model=network, optimizer=functools.partial(sgd, momentum=0.9),
-                     schedule=lambda: None, precision=precision, ema_decay=ema_decay)
+    settings = Train(epochs=1, global_batch_size=rows, model=network, optimizer=optimizer, schedule=lambda: None,
+                     precision=precision, ema_decay=ema_decay)
     model, state, update = build_model_and_state(settings, strategy, CLASSES)
     rng = np.random.default_rng(3)
     for path, variable in state.batch_stats.items():
@@ -110,7 +111,7 @@ def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALI
     loop = make_train_loop(strategy, model, state, normalize=normalize, update_fn=update,
                            schedule=lambda step: tf.constant(0.1), global_batch_size=rows, seed=0,
                            accumulate=accumulate, label_smoothing=LABEL_SMOOTHING, clip_norm=clip_norm,
-                           ema_decay=ema_decay, sync_batch_norm=sync_batch_norm, jit=jit)
+                           adaptive_clip=adaptive_clip, ema_decay=ema_decay, sync_batch_norm=sync_batch_norm, jit=jit)
     return Trainer(strategy, model, state, loop)
 
 
@@ -344,6 +345,32 @@ def test_clipping_takes_the_norm_of_the_whole_gradient():
     np.testing.assert_allclose(clipped.gradient(), vector(dict(enumerate(wanted))), rtol=1e-5, atol=1e-9)
     loose, _, _ = one_step(small_network, 2, clip_norm=2 * sums['grad_norm'])
     assert_same_bits(loose.values('slots/'), whole.values('slots/'))
+
+
+def test_adaptive_clipping_takes_the_gradient_of_the_global_batch():
+    whole, before, sums = one_step(small_network, 2, ema_decay=0.9)
+    clipped, _, clipped_sums = one_step(small_network, 2, adaptive_clip=0.01)
+    params = {path: tf.constant(before[f'params/{path}']) for path in whole.state.params}
+    gradient = {path: tf.constant(v.numpy()) for path, v in whole.state.slots['momentum'].items()}
+    wanted = clip_adaptively(gradient, params, 0.01)
+    assert clipped_sums['grad_norm'] == pytest.approx(sums['grad_norm'], rel=1e-5)  # that before the clipping
+    np.testing.assert_allclose(clipped.gradient(), vector(wanted), rtol=1e-4, atol=1e-9)
+    assert relative_difference(clipped.gradient(), vector(gradient)) > 0.01
+
+
+@pytest.mark.parametrize('optimizer', [rmsprop, adamw, lamb])
+def test_every_optimizer_runs_in_the_step(optimizer):
+    """As it does by itself: what the step adds is the order of things, the rate and the number of the step."""
+    plain, before, _ = one_step(small_network)  # its momentum is the gradient
+    trainer, _, _ = one_step(small_network, optimizer=optimizer)
+    init, update = optimizer()
+    params = {path: tf.constant(before[f'params/{path}']) for path in plain.state.params}
+    gradient = {path: tf.constant(v.numpy()) for path, v in plain.state.slots['momentum'].items()}
+    wanted, slots = update(gradient, init(params), params, tf.constant(0.1), tf.constant(0, tf.int64))
+    assert relative_difference(vector(trainer.values('params/')), vector(wanted)) < 1e-6
+    assert relative_difference(vector(trainer.values('params/')), vector(params)) > 1e-3
+    for slot, tensors in slots.items():
+        assert relative_difference(vector(trainer.values(f'slots/{slot}/')), vector(tensors)) < 1e-6
 
 
 def test_mixed_precision_keeps_variables_statistics_and_logits_in_float32():

@@ -53,7 +53,7 @@ def assert_complete(loaded):
     """The parts can be made, and the values in them are right."""
     init, update = loaded.train.optimizer()
     assert callable(init) and callable(update)
-    rate = loaded.train.schedule(num_steps=10**6, steps_per_epoch=1000.0)
+    rate = loaded.train.schedule(num_steps=10**6, steps_per_epoch=1000.0, global_batch_size=256)
     assert float(rate(tf.constant(10**6 // 2))) > 0
     assert loaded.data.name
     assert loaded.fingerprint['train.seed'] == repr(loaded.train.seed)
@@ -94,8 +94,9 @@ def test_imagenet_says_what_it_says():
 def test_the_bindings_that_always_exist():
     """Names and defaults of the public contract: bound to their defaults they change nothing."""
     assert difference('train.seed=0', 'train.max_steps=None', 'train.steps_per_loop=100', "train.jit='auto'",
-                      "train.precision='float32'", 'train.clip_norm=None', 'train.ema_decay=None',
-                      'train.accumulate=1', 'train.sync_batch_norm=False', 'train.checkpoint_every_secs=None', 'train.keep_checkpoints=3',
+                      "train.precision='float32'", 'train.accumulate=1', 'train.clip_norm=None',
+                      'train.adaptive_clip=None', 'train.ema_decay=None', 'train.sync_batch_norm=False',
+                      'train.checkpoint_every_secs=None', 'train.keep_checkpoints=3',
                       'train.eval_every_epochs=1', 'train.allow_config_change=False', "data.train_split='train'",
                       "evaluate.checkpoint='latest'", "evaluate.weights='raw'", "build_strategy.name='auto'",
                       'build_strategy.num_devices=None', 'ghostnet.version=1', 'ghostnet.dropout=None') == {}
@@ -224,7 +225,8 @@ def test_an_unknown_name_in_a_file_has_its_line(write):
 
 
 @pytest.mark.parametrize('param', ['train_dataset.source=3', 'train_dataset.seed=3', 'train_dataset.num_shards=2',
-                                   'eval_dataset.global_batch_size=3', 'cosine.num_steps=3'])
+                                   'eval_dataset.global_batch_size=3', 'cosine.num_steps=3',
+                                   'linear.global_batch_size=3'])
 def test_what_a_run_gives_itself_cannot_be_bound(param):
     message = refusal(param)
     assert param.split('=')[0].split('.')[1] in message
@@ -344,10 +346,12 @@ LEFT_OUT = {'train.max_steps': '5', 'train.steps_per_loop': '5', 'train.jit': 'T
             'data.default_dir': "'/elsewhere'", 'data.otherwise': "'shapes'", 'build_strategy.name': "'mirrored'",
             'build_strategy.num_devices': '2', 'evaluate.checkpoint': "'best'", 'evaluate.weights': "'ema'"}
 TAKEN_IN = {'train.seed': '1', 'train.epochs': '90', 'train.global_batch_size': '64', 'train.label_smoothing': '0.2',
-            'train.clip_norm': '1.0', 'train.ema_decay': '0.999', 'train.precision': "'mixed_bfloat16'",
-            'train.sync_batch_norm': 'True', 'train.accumulate': '2', 'ghostnet.width': '0.5', 'ghostnet.num_classes': '10',
+            'train.clip_norm': '1.0', 'train.adaptive_clip': '0.01', 'train.ema_decay': '0.999',
+            'train.precision': "'mixed_bfloat16'", 'train.sync_batch_norm': 'True', 'train.accumulate': '2',
+            'ghostnet.width': '0.5', 'ghostnet.num_classes': '10',
             'ghostnet.dropout': '0.1', 'sgd.momentum': '0.8', 'sgd.nesterov': 'True', 'sgd.weight_decay': '0.0',
             'cosine.peak_rate': '0.1', 'cosine.warmup_epochs': '1', 'cosine.final_rate': '0.01',
+            'cosine.initial_rate': '0.001', 'cosine.rate_batch_size': '256',
             'train_dataset.image_size': '64', 'train_dataset.flip': 'False', 'random_resized_crop.scale': '(0.5, 1.0)',
             'eval_dataset.resize': '300', 'data.name': "'folder'", 'data.train_split': "'a'",
             'data.pixel_mean': '(0.5, 0.5, 0.5)'}

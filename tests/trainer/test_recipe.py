@@ -22,6 +22,7 @@ WRONG_TRAIN = {
     'label_smoothing': ([-0.1, 1, 1.0, '0.1', None, float('nan')], 'at least 0 and below 1'),
     'accumulate': ([0, -1, 2.0, '2', None, True], 'a positive integer'),
     'clip_norm': ([0, -1.0, '1', True], 'None or a positive number'),
+    'adaptive_clip': ([0, -0.01, '0.01', True, float('inf')], 'None or a positive number'),
     'ema_decay': ([-0.1, 1, 1.5, '0.9', True], 'None, or at least 0 and below 1'),
     'sync_batch_norm': ([0, 1, 'True', None], 'True or False'),
     'checkpoint_every_steps': ([0, -1, 1e3, '5', None, True], 'a positive integer'),
@@ -70,6 +71,11 @@ def test_no_setting_goes_unchecked(root):
     assert [field.name for field in dataclasses.fields(cls)] == list(table)
 
 
+def test_a_gradient_is_clipped_in_one_way():
+    with pytest.raises(ConfigError, match='^train.adaptive_clip is 0.01; it must be None where train.clip_norm is set'):
+        Train(**{**RIGHT_TRAIN, 'adaptive_clip': 0.01, 'clip_norm': 1.0})
+
+
 def test_a_model_is_no_factory_of_models():
     """What `@ghostnet()` with parentheses gives can be called, but not without an image."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
@@ -81,7 +87,8 @@ def test_a_model_is_no_factory_of_models():
     'right',
     [{'epochs': 1}, {'max_steps': 1}, {'jit': True}, {'jit': False}, {'jit': 'auto'}, {'precision': 'mixed_bfloat16'},
      {'precision': 'mixed_float16'}, {'accumulate': 2}, {'accumulate': 1, 'sync_batch_norm': True},
-     {'label_smoothing': 0}, {'label_smoothing': 0.999}, {'clip_norm': 1}, {'ema_decay': 0.0}, {'ema_decay': 0.9999},
+     {'label_smoothing': 0}, {'label_smoothing': 0.999}, {'clip_norm': 1}, {'adaptive_clip': 0.01}, {'ema_decay': 0.0},
+     {'ema_decay': 0.9999},
      {'checkpoint_every_secs': 0}, {'checkpoint_every_secs': 0.5}, {'eval_every_epochs': 0.25}],
 )
 def test_right_values_are_taken(right):
