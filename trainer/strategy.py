@@ -10,8 +10,8 @@ from trainer.recipe import ConfigError, is_number, require
 NAMES = ('auto', 'one_device', 'mirrored', 'multi_worker', 'tpu')
 
 
-def build_strategy(name: str = 'auto', num_devices: int | None = None, timeout_secs: float = 300.0,
-                   tpu: str = 'local') -> tf.distribute.Strategy:
+def build_strategy(name: str = 'auto', num_devices: int | None = None, op_threads: int | None = None,
+                   timeout_secs: float = 300.0, tpu: str = 'local') -> tf.distribute.Strategy:
     """Builds the strategy and says in one line what it took.
 
     Args:
@@ -19,6 +19,8 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, timeout_s
             all GPUs, or the CPU, of every process that TF_CONFIG or SLURM names; 'tpu': a TPU slice; 'auto': the first
             of tpu, multi_worker, mirrored that there is more than one device for, else one device.
         num_devices: how many devices 'mirrored' takes. None: all GPUs. On a CPU: that many logical devices.
+        op_threads: threads that share one operation on the CPU. None: one a core. With train.accumulate or replicas
+            that give each core work of its own, 1 is faster: operations on small images are too short to be shared.
         timeout_secs: how long a worker of 'multi_worker' waits for the others in a collective before it gives up.
         tpu: 'local' on a TPU VM, or the name of a TPU.
 
@@ -29,6 +31,10 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, timeout_s
         raise ConfigError(f'build_strategy.name is {name!r}; it must be one of {", ".join(NAMES)}')
     if num_devices is not None and (not isinstance(num_devices, int) or num_devices < 1):
         raise ConfigError(f'build_strategy.num_devices is {num_devices!r}; it must be None or a positive integer')
+    if op_threads is not None:
+        require(isinstance(op_threads, int) and op_threads > 0, 'build_strategy.op_threads', op_threads,
+                'None or a positive integer')
+        tf.config.threading.set_intra_op_parallelism_threads(op_threads)
     require(is_number(timeout_secs) and timeout_secs > 0, 'build_strategy.timeout_secs', timeout_secs,
             'a positive number of seconds')
     gpus = tf.config.list_physical_devices('GPU')
