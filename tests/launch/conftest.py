@@ -5,6 +5,7 @@ Nothing is installed, and nothing outside the test's own directory is touched.
 
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOOLS = (
-    'awk bash cat cp df dirname find flock ln ls mkdir mktemp mv readlink rm sed seq setpriv setsid sh sha256sum sleep '
-    'tar taskset wc'
+    'awk bash cat cp df dirname env find flock ln ls mkdir mktemp mv readlink rm sed seq setpriv setsid sh sha256sum '
+    'sleep tar taskset wc'
 ).split()
 
 # Says which Python it is, makes a virtual environment of itself, logs what pip is asked for, prints other arguments.
@@ -33,7 +34,7 @@ esac
 
 # A trainer that writes down how it was started, then does what a test wants of this worker at this attempt.
 FAKE_TRAINER = """#!/bin/sh
-index=${{TF_CONFIG##*index\\\": }} index=${{index%%\\}}*}}
+index=${{SLURM_PROCID-$TF_CONFIG}} index=${{index##*index\\\": }} index=${{index%%\\}}*}}
 attempt=1
 while [ -e "{log}/$index.$attempt" ]; do attempt=$((attempt + 1)); done
 while read -r key value; do case $key in Cpus_allowed_list:) cpus=$value ;; esac; done < /proc/self/status
@@ -50,7 +51,7 @@ class Checkout:
 
     def __init__(self, directory: pathlib.Path):
         self.root, self.bin, self.log = directory / 'checkout', directory / 'bin', directory / 'pip.log'
-        self.directory, self.calls_log = directory, directory / 'calls'
+        self.directory = directory
         self.venv = self.root / '.venv'
         shutil.copytree(ROOT / 'launch', self.root / 'launch')
         shutil.copytree(ROOT / '.ci', self.root / '.ci')
@@ -87,6 +88,16 @@ class Checkout:
         python.write_text(python.read_text().replace(
             '  *) printf', f'  "-m trainer.main"*) shift 2; exec "{self.bin}/fake-trainer" "$@" ;;\n  *) printf'))
         return log
+
+    def recorded(self, name: str, script: str) -> None:
+        """A stub that also writes down how it is called, one line a call, as a shell would have to write it."""
+        self.stub(name, f'#!/usr/bin/env bash\nprintf "%s " {name} "${{@@Q}}" >> {self.directory}/calls\n'
+                        f'echo >> {self.directory}/calls\n{script}\n')
+
+    def calls(self) -> list[list[str]]:
+        """The calls of recorded stubs, program and arguments."""
+        path = self.directory / 'calls'
+        return [shlex.split(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def start(self, script: str, *args: str, cwd: pathlib.Path | None = None, cpus: set[int] | None = None,
               **env: str) -> subprocess.Popen:

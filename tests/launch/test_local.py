@@ -272,7 +272,7 @@ def test_shellcheck_finds_nothing():
     shellcheck = shutil.which('shellcheck', path=f'{pathlib.Path(sys.executable).parent}:{os.environ.get("PATH", "")}')
     if not shellcheck:
         pytest.skip('shellcheck is not installed: launch/test.sh installs it')
-    scripts = [*(ROOT / 'launch').glob('*.sh'), ROOT / '.ci/run']
+    scripts = [*(ROOT / 'launch').glob('*.sh'), ROOT / 'launch/slurm.sbatch', ROOT / '.ci/run']
     result = subprocess.run([shellcheck, '--external-sources', *scripts], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout + result.stderr == ''
 
@@ -283,5 +283,5 @@ def test_the_scripts_can_be_run():
 
 
 def test_launch_holds_no_hyper_parameter():
-    for script in (ROOT / 'launch').glob('*.sh'):
+    for script in (path for path in (ROOT / 'launch').rglob('*') if path.is_file()):
         assert 'gin_param' not in script.read_text()
