@@ -10,10 +10,10 @@ trainer_flags=()
 
 # shellcheck disable=SC2034
 read_flags() {
-  local known=" $1 " name
+  local known=" $1 " flag
   shift
   while (($#)); do
-    name=${1#--} name=${name%%=*}
+    flag=${1#--} flag=${flag%%=*}
     if [[ $1 == -- ]]; then
       shift
       trainer_flags=("$@")
@@ -21,12 +21,12 @@ read_flags() {
     elif [[ $1 == --help || $1 == -h ]]; then
       sed -n '2,/^[^#]/s/^#\( \|$\)//p' "${BASH_SOURCE[-1]}"
       exit 0
-    elif [[ $1 == --*=* && $known == *" $name= "* ]]; then
-      printf -v "$name" %s "${1#*=}"
-    elif [[ $1 == --"$name" && $known == *" $name "* ]]; then
-      printf -v "$name" true
-    elif [[ $known == *" $name= "* ]]; then
-      fail "$1 needs a value: --$name=..."
+    elif [[ $1 == --*=* && $known == *" $flag= "* ]]; then
+      printf -v "$flag" %s "${1#*=}"
+    elif [[ $1 == --"$flag" && $known == *" $flag "* ]]; then
+      printf -v "$flag" true
+    elif [[ $known == *" $flag= "* ]]; then
+      fail "$1 needs a value: --$flag=..."
     else
       known=${known# } known=${known% }
       fail "does not know $1: its flags are --${known// /, --}; those of the trainer come after --"

@@ -201,4 +201,8 @@ share_machine
 watch_signals
 pids=()
 trap kill_workers EXIT
-until_done run_workers
+while :; do
+  run_workers
+  run_again || break
+done
+exit "$code"

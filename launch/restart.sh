@@ -2,8 +2,8 @@
 # What the exit code of a trainer means to the one who started it; sourced by the launchers beside this file.
 #
 #   worst_code CODE...     prints the worst of them: 2, then 1 (whatever is a crash), 75, 42, 0
-#   until_done COMMAND     runs COMMAND, which leaves its exit code in $code, again and again while that is 42 (stopped
-#                          early, all is saved) or 75 (a peer was lost); then exits with it
+#   run_again              whether to, after the exit code in $code: on 42 (stopped early, all is saved) and 75 (a peer
+#                          was lost), unless that is so too often in a row; waits a little
 #   rest SECONDS           waits, shorter when the script is told to stop
 #   wait_for PID           waits for a process of this shell and leaves its exit code in $code
 #
@@ -16,6 +16,7 @@ pause_secs=5
 stopping=''
 # shellcheck disable=SC2034  # multi_worker.sh reads it
 num_interrupts=0
+started=$SECONDS num_restarts=0
 code=0
 severity=([0]=0 [42]=1 [75]=2 [1]=3 [2]=4)
 
@@ -57,20 +58,17 @@ wait_for() {
   wait "$1" || code=$?
 }
 
-until_done() {
-  local count=0 started
-  while :; do
-    started=$SECONDS
-    "$@"
-    is_retry "$code" && [[ -z $stopping ]] || exit "$code"
-    ((SECONDS - started < settled_secs)) || count=0
-    if ((count >= max_restarts)); then
-      ((max_restarts == 0)) || note "gives up after $count restarts in a row; the same command resumes"
-      exit "$code"
-    fi
-    count=$((count + 1))
-    note "exit code $code: restart $count of $max_restarts in a row, in $pause_secs s"
-    rest "$pause_secs"
-    [[ -z $stopping ]] || exit "$code"
-  done
+run_again() {
+  local ran_secs=$((SECONDS - started))
+  if ! is_retry "$code" || [[ -n $stopping ]]; then return 1; fi
+  ((ran_secs < settled_secs)) || num_restarts=0
+  if ((num_restarts >= max_restarts)); then
+    ((max_restarts == 0)) || note "gives up after $num_restarts restarts in a row; the same command resumes"
+    return 1
+  fi
+  num_restarts=$((num_restarts + 1))
+  note "exit code $code: restart $num_restarts of $max_restarts in a row, in $pause_secs s"
+  rest "$pause_secs"
+  started=$SECONDS
+  [[ -z $stopping ]]
 }

@@ -15,8 +15,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOOLS = (
-    'awk bash cat cp df dirname env find flock ln ls mkdir mktemp mv readlink rm sed seq setpriv setsid sh sha256sum '
-    'sleep tar taskset wc'
+    'awk bash cat cp df dirname env find flock gzip ln ls mkdir mktemp mv readlink rm sed seq setpriv setsid sh '
+    'sha256sum sleep tar taskset wc'
 ).split()
 
 # Says which Python it is, makes a virtual environment of itself, logs what pip is asked for, prints other arguments.
@@ -34,6 +34,7 @@ esac
 
 # A trainer that writes down how it was started, then does what a test wants of this worker at this attempt.
 FAKE_TRAINER = """#!/bin/sh
+shift 2
 index=${{SLURM_PROCID-$TF_CONFIG}} index=${{index##*index\\\": }} index=${{index%%\\}}*}}
 attempt=1
 while [ -e "{log}/$index.$attempt" ]; do attempt=$((attempt + 1)); done
@@ -86,7 +87,7 @@ class Checkout:
         self.stub('fake-trainer', script)
         python = self.bin / 'python3'
         python.write_text(python.read_text().replace(
-            '  *) printf', f'  "-m trainer.main"*) shift 2; exec "{self.bin}/fake-trainer" "$@" ;;\n  *) printf'))
+            '  *) printf', f'  "-m trainer.main"*) exec "{self.bin}/fake-trainer" "$@" ;;\n  *) printf'))
         return log
 
     def recorded(self, name: str, script: str) -> None:
