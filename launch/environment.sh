@@ -84,7 +84,8 @@ install() {
 
 prepare() {
   ! is_installed "$1" || return 0
-  if [[ -d $venv && ! -e $venv/pyvenv.cfg && ! -e $venv/.lock && -n $(ls -A -- "$venv") ]]; then
+  # The look inside comes first: what it finds may be the lock of another start at this very moment.
+  if [[ -d $venv && -n $(ls -A -- "$venv") && ! -e $venv/pyvenv.cfg && ! -e $venv/.lock ]]; then
     fail "$venv holds other files and is no Python environment: name a new directory with VENV=..."
   fi
   mkdir -p -- "$venv"

@@ -180,6 +180,13 @@ def test_two_starts_do_not_install_over_each_other(checkout):
     assert len(checkout.installed()) == 1
 
 
+def test_the_lock_of_a_start_at_the_same_moment_is_no_file_of_somebody_else(checkout):
+    checkout.venv.mkdir()
+    # Whoever looks into the directory finds the lock that another start has made since it looked for one.
+    checkout.stub('ls', f': > {checkout.venv}/.lock; echo .lock')
+    assert checkout.run('launch/local.sh').returncode == 0
+
+
 def test_a_directory_of_something_else_is_left_alone(checkout, tmp_path):
     precious = checkout.write(tmp_path / 'home/thesis.txt', 'years of work')
     checkout.assert_refused(checkout.run('launch/local.sh', VENV=str(precious.parent)), str(precious.parent), 'VENV')
