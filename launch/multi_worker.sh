@@ -167,7 +167,7 @@ hurry_workers() {
   if ((num_interrupts > 1)); then
     kill_workers
   elif [[ -z $deadline ]]; then
-    [[ $(worst_code "${codes[@]}") == 0 ]] || deadline=$((SECONDS + grace_secs))
+    [[ ${codes[*]} != *[1-9]* ]] || deadline=$((SECONDS + grace_secs))
   elif ((SECONDS < deadline)) || ((${#pids[@]} == 0)); then
     return 0
   elif [[ -z $ended_grace ]]; then

@@ -156,6 +156,13 @@ def test_a_worker_that_hangs_is_killed_after_the_grace(checkout, log, failed, co
     assert 'Killed' not in result.stderr
 
 
+def test_a_worker_that_is_stopped_is_killed_too(checkout, log):
+    checkout.trainer(w0='sleep 0.2; exit 75', w1='kill -STOP $$')
+    result = checkout.run(SCRIPT, '--workers=2', '--grace_secs=0', '--max_restarts=0')
+    assert result.returncode == 75
+    assert 'worker 1 ended with exit code 137' in result.stderr
+
+
 def test_after_the_grace_SIGTERM_comes_first(checkout, log):
     ready = f'while ! [ -e {log}/1.ready ]; do sleep 0.02; done'
     checkout.trainer(w0=f'{ready}; exit 75', w1=saves_on_sigterm(log, 1))
