@@ -1,8 +1,10 @@
 # shellcheck shell=bash
 # Makes the Python environment that the scripts beside this file run in; sourced by them.
 #
-#   prepare EXTRA        installs the package with EXTRA ('' = none) into $venv, unless that is done already
+#   prepare EXTRA        installs the package with EXTRA ('' = none) into $venv, unless that is done already; the EXTRA
+#                        tpu takes the TensorFlow that TPU VMs need in the place of the usual one
 #   is_installed EXTRA   whether it is
+#   prepare_trainer      prepares what this machine trains with: with cuda where there is an NVIDIA GPU
 #
 # $venv is $VENV, or .venv in the repository. $PYTHON names the Python to make it with.
 
@@ -42,8 +44,23 @@ check_disk() {
     fail "needs $min_free_gb GB of free disk for $venv, found $((free_kb >> 10)) MB: free some, or choose with VENV=..."
 }
 
+# `tensorflow-tpu` must not stand beside the `tensorflow` that setup.py asks for: everything else first, then the
+# package without its requirements.
+install_for_tpu() {
+  local requirements
+  requirements=$("$venv/bin/python" -c '
+import ast, sys
+call = next(node for node in ast.walk(ast.parse(open(sys.argv[1]).read()))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup")
+required = next(ast.literal_eval(k.value) for k in call.keywords if k.arg == "install_requires")
+print(*(name for name in required if not name.startswith("tensorflow>")), sep="\n")' "$root/setup.py") &&
+    mapfile -t requirements <<<"$requirements" &&
+    "${pip[@]}" 'tensorflow-tpu==2.20.*' "${requirements[@]}" >&2 &&
+    "${pip[@]}" --no-deps --editable "$root" >&2
+}
+
 install() {
-  local python quiet=--quiet
+  local python pip
   python=$(find_python) || exit
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "needs the venv module, which $python lacks: on Debian and Ubuntu, apt-get install python3-venv"
@@ -55,8 +72,9 @@ install() {
   [[ -e $venv/pyvenv.cfg ]] || : >"$venv/.unfinished"
   note "installing into $venv, this once: 2.5 GB, a few minutes"
   "$python" -m venv "$venv"
-  [[ ! -t 2 ]] || quiet=
-  "$venv/bin/python" -m pip install --disable-pip-version-check $quiet --editable "$root${1:+[$1]}" >&2 || {
+  pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
+  [[ -t 2 ]] || pip+=(--quiet)
+  if [[ $1 == tpu ]]; then install_for_tpu; else "${pip[@]}" --editable "$root${1:+[$1]}" >&2; fi || {
     note "the installation into $venv failed for the reason above: the same command tries again"
     exit 1
   }
@@ -66,7 +84,8 @@ install() {
 
 prepare() {
   ! is_installed "$1" || return 0
-  if [[ -d $venv && ! -e $venv/pyvenv.cfg && ! -e $venv/.lock && -n $(ls -A -- "$venv") ]]; then
+  # The look inside comes first: what it finds may be the lock of another start at this very moment.
+  if [[ -d $venv && -n $(ls -A -- "$venv") && ! -e $venv/pyvenv.cfg && ! -e $venv/.lock ]]; then
     fail "$venv holds other files and is no Python environment: name a new directory with VENV=..."
   fi
   mkdir -p -- "$venv"
@@ -74,4 +93,10 @@ prepare() {
     flock -n 9 || { note "waiting for another installation into $venv"; flock 9; }
     is_installed "$1" || install "$1"
   ) 9>>"$venv/.lock"
+}
+
+prepare_trainer() {
+  local extra=
+  if is_installed cuda || nvidia-smi -L >/dev/null 2>&1; then extra=cuda; fi
+  prepare "$extra"
 }

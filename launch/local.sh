@@ -10,10 +10,7 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-extra=
-if is_installed cuda || nvidia-smi -L >/dev/null 2>&1; then extra=cuda; fi
-prepare "$extra"
-
+prepare_trainer
 recipe=gin/quickstart.gin
 for flag in "$@"; do
   case $flag in --gin_file | -gin_file | --gin_file=* | -gin_file=*) recipe= ;; esac

@@ -13,7 +13,7 @@ max_lines=5000  # the system can be read in one afternoon
 prepare dev
 cd "$root"
 "$venv/bin/ruff" check .
-"$venv/bin/shellcheck" --external-sources launch/*.sh .ci/run
+"$venv/bin/shellcheck" --external-sources launch/*.sh launch/slurm.sbatch .ci/run
 
 num_lines=$(find ghostnet input_pipeline trainer -name '*.py' -exec cat {} + | wc -l)
 echo "ghostnet + input_pipeline + trainer: $num_lines lines of Python, under $max_lines allowed"

@@ -1,7 +1,7 @@
-"""The launch scripts: what they say when something is missing, what they install and when, what they pass on.
+"""The scripts for one machine: what they say when something is missing, what they install and when, what they pass on.
 
-Each test runs the real scripts in a small checkout of their own, on a PATH that holds only the tools named below, with
-stubs for Python and for whatever else the test is about. Nothing is installed.
+Each test runs the real scripts in a small checkout of their own, on a PATH that holds only a few tools (conftest.py),
+with stubs for Python and for whatever else the test is about. Nothing is installed.
 """
 
 import fcntl
@@ -14,88 +14,10 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOOLS = 'awk bash cat cp df dirname find flock ln ls mkdir mktemp readlink rm sh sha256sum sleep wc'.split()
-
-# Says which Python it is, makes a virtual environment of itself, logs what pip is asked for, prints other arguments.
-FAKE_PYTHON = """#!/bin/sh
-case "$*" in
-  *version_info*) echo {version} ;;
-  *ensurepip*) exit {ensurepip_status} ;;
-  "-m venv "*) mkdir -p "$3/bin" && ln -sf "$0" "$3/bin/python" && echo 'made by a test' > "$3/pyvenv.cfg" ;;
-  "-m pip "*) echo "$*" >> "{log}"; {pip} ;;
-  *) printf '%s\\n' "$@"; exit {exit_status} ;;
-esac
-"""
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # A pip that "installs" linters which find nothing.
 PIP_WITH_LINTERS = f'for tool in ruff shellcheck; do cp {shutil.which("true")} "${{0%/*}}/$tool"; done'
-
-
-class Checkout:
-    """A repository that holds only what the scripts read, and a PATH that holds only stubs and standard tools."""
-
-    def __init__(self, directory: pathlib.Path):
-        self.root, self.bin, self.log = directory / 'checkout', directory / 'bin', directory / 'pip.log'
-        self.venv = self.root / '.venv'
-        shutil.copytree(ROOT / 'launch', self.root / 'launch')
-        shutil.copytree(ROOT / '.ci', self.root / '.ci')
-        for package in ('ghostnet', 'input_pipeline', 'trainer'):
-            self.write(self.root / package / '__init__.py', '')
-        self.write(self.root / 'setup.py', 'requirements')
-        self.bin.mkdir()
-        for tool in TOOLS:
-            (self.bin / tool).symlink_to(shutil.which(tool))
-        self.stub('df', 'echo header; echo /dev/disk 99999999 1 88888888 1% /')
-
-    def write(self, path: pathlib.Path, text: str) -> pathlib.Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    def stub(self, name: str, script: str) -> None:
-        (self.bin / name).unlink(missing_ok=True)
-        self.write(self.bin / name, script if script.startswith('#!') else f'#!/bin/sh\n{script}\n').chmod(0o755)
-
-    def python(self, name='python3', version='3.12', ensurepip_status=0, pip=':', exit_status=0) -> None:
-        self.stub(name, FAKE_PYTHON.format(**(locals() | {'log': self.log})))
-
-    def start(self, script: str, *args: str, cwd: pathlib.Path | None = None, **env: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [self.bin / 'bash', self.root / script, *args],
-            cwd=cwd or self.root,
-            env={'PATH': str(self.bin), **env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, script: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
-        process = self.start(script, *args, **kwargs)
-        stdout, stderr = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    def installed(self) -> list[str]:
-        """What pip was asked to install, one entry a call."""
-        return [line.split()[-1] for line in self.log.read_text().splitlines()] if self.log.exists() else []
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    checkout = Checkout(tmp_path)
-    checkout.python()
-    return checkout
-
-
-def assert_refused(result, *words):
-    assert result.returncode == 2
-    assert result.stdout == ''
-    assert result.stderr.count('\n') == 1
-    for word in words:
-        assert word in result.stderr
-
 
 both_scripts = pytest.mark.parametrize('script', ['launch/local.sh', 'launch/test.sh'])
 
@@ -104,14 +26,14 @@ both_scripts = pytest.mark.parametrize('script', ['launch/local.sh', 'launch/tes
 @pytest.mark.parametrize('version', ['3.10', '3.14', '2.7', '3.9'])
 def test_a_python_out_of_range_is_named(checkout, script, version):
     checkout.python(version=version)
-    assert_refused(checkout.run(script), 'Python 3.11, 3.12 or 3.13', f'python3 is {version}')
+    checkout.assert_refused(checkout.run(script), 'Python 3.11, 3.12 or 3.13', f'python3 is {version}')
     assert checkout.installed() == []
 
 
 @both_scripts
 def test_no_python_at_all(checkout, script):
     (checkout.bin / 'python3').unlink()
-    assert_refused(checkout.run(script), 'Python 3.11, 3.12 or 3.13', 'python3 does not run')
+    checkout.assert_refused(checkout.run(script), 'Python 3.11, 3.12 or 3.13', 'python3 does not run')
 
 
 @pytest.mark.parametrize('name', ['python3.13', 'python3.12', 'python3.11'])
@@ -130,21 +52,21 @@ def test_a_name_on_the_path_that_does_not_run_is_passed_over(checkout):
 def test_PYTHON_decides(checkout):
     checkout.python('old', version='3.8')
     checkout.python('new', version='3.13')
-    assert_refused(checkout.run('launch/local.sh', PYTHON='old'), 'old is 3.8')
+    checkout.assert_refused(checkout.run('launch/local.sh', PYTHON='old'), 'old is 3.8')
     assert checkout.run('launch/local.sh', PYTHON='new').returncode == 0
 
 
 @both_scripts
 def test_a_python_without_venv(checkout, script):
     checkout.python(ensurepip_status=1)
-    assert_refused(checkout.run(script), 'venv', 'python3-venv')
+    checkout.assert_refused(checkout.run(script), 'venv', 'python3-venv')
     assert checkout.installed() == []
 
 
 @both_scripts
 def test_little_disk(checkout, script):
     checkout.stub('df', f'echo header; echo /dev/disk 9999999 1 {4 * 2**20 - 1} 1% /')
-    assert_refused(checkout.run(script), '4 GB', '4095 MB')
+    checkout.assert_refused(checkout.run(script), '4 GB', '4095 MB')
     assert checkout.installed() == []
 
 
@@ -258,9 +180,16 @@ def test_two_starts_do_not_install_over_each_other(checkout):
     assert len(checkout.installed()) == 1
 
 
+def test_the_lock_of_a_start_at_the_same_moment_is_no_file_of_somebody_else(checkout):
+    checkout.venv.mkdir()
+    # Whoever looks into the directory finds the lock that another start has made since it looked for one.
+    checkout.stub('ls', f': > {checkout.venv}/.lock; echo .lock')
+    assert checkout.run('launch/local.sh').returncode == 0
+
+
 def test_a_directory_of_something_else_is_left_alone(checkout, tmp_path):
     precious = checkout.write(tmp_path / 'home/thesis.txt', 'years of work')
-    assert_refused(checkout.run('launch/local.sh', VENV=str(precious.parent)), str(precious.parent), 'VENV')
+    checkout.assert_refused(checkout.run('launch/local.sh', VENV=str(precious.parent)), str(precious.parent), 'VENV')
     assert [path.name for path in precious.parent.iterdir()] == ['thesis.txt']
 
 
@@ -350,16 +279,16 @@ def test_shellcheck_finds_nothing():
     shellcheck = shutil.which('shellcheck', path=f'{pathlib.Path(sys.executable).parent}:{os.environ.get("PATH", "")}')
     if not shellcheck:
         pytest.skip('shellcheck is not installed: launch/test.sh installs it')
-    scripts = [*(ROOT / 'launch').glob('*.sh'), ROOT / '.ci/run']
+    scripts = [*(ROOT / 'launch').glob('*.sh'), ROOT / 'launch/slurm.sbatch', ROOT / '.ci/run']
     result = subprocess.run([shellcheck, '--external-sources', *scripts], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout + result.stderr == ''
 
 
 def test_the_scripts_can_be_run():
-    for script in ('launch/local.sh', 'launch/test.sh', '.ci/run'):
-        assert os.access(ROOT / script, os.X_OK), script
+    names = 'local.sh multi_worker.sh slurm.sbatch test.sh tpu_vm.sh tpu_worker.sh ../.ci/run'.split()
+    assert [name for name in names if not os.access(ROOT / 'launch' / name, os.X_OK)] == []
 
 
 def test_launch_holds_no_hyper_parameter():
-    for script in (ROOT / 'launch').glob('*.sh'):
+    for script in (path for path in (ROOT / 'launch').rglob('*') if path.is_file()):
         assert 'gin_param' not in script.read_text()
