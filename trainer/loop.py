@@ -22,7 +22,8 @@ from trainer import checkpoint
 from trainer.evaluate import make_evaluate
 from trainer.recipe import ConfigError, Data, Train
 from trainer.state import TrainState, build_model_and_state
-from trainer.step import distribute, make_normalize, make_train_loop, use_jit
+from trainer.step import distribute, make_normalize, make_train_loop, use_jit, value_of_first_worker
+from trainer.strategy import describe_worker, is_chief
 from trainer.telemetry import Telemetry, progress_line
 
 
@@ -61,7 +62,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     num_classes = max(source.num_classes for source in (train_source, eval_source) if source is not None)
     model, state, update = build_model_and_state(settings, strategy, num_classes)
     meta = {'fingerprint': {**fingerprint, 'number of training examples': str(num_examples)}, **_environment(strategy)}
-    _restore_latest(workdir / 'checkpoints', state, meta, settings.allow_config_change)
+    _restore_latest(workdir / 'checkpoints', strategy, state, meta, settings.allow_config_change)
     step = int(state.step.numpy())
     if step >= last_step:
         logging.info('finished: %s holds step %d of %d; nothing to do', workdir, step, last_step)
@@ -84,9 +85,11 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         for kind, weights in [('eval', 'raw')] + [('eval_ema', 'ema')] * (settings.ema_decay is not None)}
 
     # ---- The run ----
-    write_config(workdir)
-    telemetry = Telemetry(workdir, step)
-    save = functools.partial(checkpoint.save, variables=state.variables())
+    is_writer = is_chief(strategy)  # all workers compute the same; one writes it down
+    if is_writer:
+        write_config(workdir)
+    telemetry = Telemetry(workdir if is_writer else None, step)
+    save = functools.partial(checkpoint.save, variables=state.variables()) if is_writer else lambda *_, **__: None
     eval_every_steps = settings.eval_every_epochs * steps_per_epoch
     saved_at, reported, final = time.monotonic(), _Interval(), {}
     logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, last_step, num_steps, steps_per_epoch)
@@ -124,7 +127,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
                 final.update(results)
                 telemetry.report(step, results)
                 telemetry.progress(_eval_line(step, results, time.perf_counter() - started), is_lasting=True)
-                _keep_best(workdir / 'best', step, results, save, meta)
+                if is_writer:
+                    _keep_best(workdir / 'best', step, results, save, meta)
             # After the evaluation, so that a run that is killed in it evaluates again.
             is_due = time.monotonic() - saved_at >= (settings.checkpoint_every_secs or float('inf'))
             if is_last or is_due or step % settings.checkpoint_every_steps == 0:
@@ -159,8 +163,16 @@ def _next_multiple(step: int, every: float) -> int:
     return max(step + 1, -int(-(count * every - 1e-6) // 1))
 
 
-def _restore_latest(directory: Path, state: TrainState, now: Mapping[str, Any], allow_change: bool) -> None:
+def _restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: TrainState, now: Mapping[str, Any],
+                    allow_change: bool) -> None:
     path = checkpoint.latest_valid(directory)
+    found = checkpoint.step_of(path) if path else -1
+    first_found = value_of_first_worker(strategy, found)
+    if found != first_found:
+        worker = describe_worker(strategy, strategy.cluster_resolver.task_id)
+        seen, first_seen = (f'step {step}' if step >= 0 else 'no checkpoint' for step in (found, first_found))
+        raise ConfigError(f'{worker} finds {seen} in {directory}, worker 0 {first_seen}: --workdir must name a '
+                          'directory that all workers share')
     if path is None:
         return
     then = checkpoint.read_meta(path)

@@ -18,7 +18,7 @@ from trainer.metrics import SUMS, masked_sums
 from trainer.optimizer import clip_adaptively, clip_by_global_norm
 from trainer.recipe import ConfigError
 from trainer.state import TrainState
-from trainer.strategy import has_accelerator
+from trainer.strategy import has_accelerator, is_multi_worker
 
 Tensors = dict[str, tf.Tensor]
 
@@ -40,6 +40,20 @@ def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.
         return dataset.prefetch(2 * num_local)
 
     return strategy.distribute_datasets_from_function(dataset_fn)
+
+
+def value_of_first_worker(strategy: tf.distribute.Strategy, value: int) -> int:
+    """What the first worker calls this with, on every worker; all of them have to call it at the same point."""
+    if not is_multi_worker(strategy):
+        return value
+
+    def replica_value(value):
+        replica = tf.distribute.get_replica_context()
+        own = tf.where(replica.replica_id_in_sync_group == 0, value, 0)
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, own)
+
+    values = tf.function(lambda value: strategy.run(replica_value, args=(value,)))(tf.constant(value, tf.int64))
+    return int(strategy.experimental_local_results(values)[0])
 
 
 def use_jit(jit: bool | str, strategy: tf.distribute.Strategy, sync_batch_norm: bool) -> bool:

@@ -77,11 +77,15 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return strategy.extended.should_checkpoint
 
 
+def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
+    """Whether other processes take part."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
 def describe_worker(strategy: tf.distribute.Strategy, index: int) -> str:
     """'worker 1 (host:port)', for messages."""
-    resolver = strategy.cluster_resolver
-    addresses = resolver.cluster_spec().as_dict().get('worker', []) if resolver else []
-    return f'worker {index}' + (f' ({addresses[index]})' if index < len(addresses) else '')
+    addresses = strategy.cluster_resolver.cluster_spec().as_dict()['worker']
+    return f'worker {index} ({addresses[index]})'
 
 
 def _find_cluster() -> tf.distribute.cluster_resolver.ClusterResolver | None:

@@ -15,10 +15,16 @@ import tensorflow as tf
 
 
 class Telemetry:
-    """Owns the open files of one run. The workdir's files of an earlier run are continued after `resumed_step`."""
+    """Owns the open files of one run. The workdir's files of an earlier run are continued after `resumed_step`.
 
-    def __init__(self, workdir: Path, resumed_step: int, *, clock: Callable[[], float] = time.time,
+    Without a workdir it keeps silent: of many workers one reports.
+    """
+
+    def __init__(self, workdir: Path | None, resumed_step: int, *, clock: Callable[[], float] = time.time,
                  stream: TextIO | None = None):
+        self.is_silent = workdir is None
+        if self.is_silent:
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         self._workdir, self._clock, self._stream = workdir, clock, stream or sys.stderr
         _drop_lines_after(workdir / 'metrics.jsonl', resumed_step)
@@ -35,6 +41,8 @@ class Telemetry:
         kinds = {'train' if tag.startswith('train/') else 'eval' for tag in metrics}
         if len(kinds) != 1:
             raise ValueError(f'one report is of train tags or of eval tags, not {sorted(metrics)}')
+        if self.is_silent:
+            return
         line = {'step': step, 'time': self._clock(), **metrics}
         # JSON has no NaN: a value that is none becomes null.
         line = {key: value if math.isfinite(value) else None for key, value in line.items()}
@@ -46,6 +54,8 @@ class Telemetry:
 
     def progress(self, text: str, *, is_lasting: bool) -> None:
         """Shows one line: on a terminal over the last one unless `is_lasting`; elsewhere only if it is."""
+        if self.is_silent:
+            return
         if self._is_live:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where nobody set a size
             shown = text if is_lasting else text[:max(1, width - 1)]
@@ -57,6 +67,8 @@ class Telemetry:
 
     def close(self) -> None:
         """Flushes and closes everything; leaves the terminal on a new line."""
+        if self.is_silent:
+            return
         if self._live_width:
             self._stream.write('\n')
         self._file.close()
