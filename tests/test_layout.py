@@ -23,7 +23,8 @@ LEVELS = (
     {'loop', 'check', 'export', 'compare', 'config'},
     {'evaluate'},
     {'step'},
-    {'state', 'optimizer', 'checkpoint', 'telemetry', 'strategy', 'preemption', 'goodput'},
+    {'state', 'optimizer', 'checkpoint', 'telemetry', 'preemption', 'goodput'},
+    {'strategy'},
     {'schedule', 'loss', 'loss_scale', 'metrics', 'mix', 'ema', 'distill'},
     {'recipe'},
 )

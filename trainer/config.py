@@ -60,7 +60,7 @@ _MACRO = 'gin.macro'
 # A resumed run may differ in these: they say where, how often or how fast, not what is computed.
 _NOT_IN_FINGERPRINT = re.compile(
     r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise)|'
-    r'train\.(steps_per_loop|jit|max_steps|checkpoint_.*|keep_.*|log_.*|eval_.*|allow_config_change)')
+    r'train\.(steps_per_loop|jit|max_steps|checkpoint_.*|keep_.*|log_.*|eval_.*|step_timeout_secs|allow_config_change)')
 
 
 class Config(NamedTuple):

@@ -20,6 +20,7 @@ import tensorflow as tf
 import input_pipeline
 from trainer import checkpoint
 from trainer.evaluate import make_evaluate
+from trainer.preemption import Watchdog
 from trainer.recipe import ConfigError, Data, Train
 from trainer.state import TrainState, build_model_and_state
 from trainer.step import distribute, make_normalize, make_train_loop, use_jit, value_of_first_worker
@@ -93,7 +94,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     eval_every_steps = settings.eval_every_epochs * steps_per_epoch
     saved_at, reported, final = time.monotonic(), _Interval(), {}
     logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, last_step, num_steps, steps_per_epoch)
-    with contextlib.closing(telemetry):
+    with contextlib.closing(telemetry), Watchdog(strategy, settings.step_timeout_secs) as watchdog:
         while step < last_step:
             next_eval = _next_multiple(step, eval_every_steps) if evaluators else last_step
             until = min(step + settings.steps_per_loop, _next_multiple(step, settings.log_every_steps),
@@ -101,6 +102,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             started = time.perf_counter()
             sums = train_loop(batches, tf.constant(until - step))
             sums = {name: float(value) for name, value in sums.items()}  # the one place where the host waits
+            watchdog.heard()
             reported.add(until - step, time.perf_counter() - started, sums)
             if round(sums['seen']) < (until - step) * rows:
                 raise _undecodable(train_source, settings.seed, end=int(state.position.numpy()),
@@ -124,6 +126,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
                 started = time.perf_counter()
                 results = {f'{kind}/{name}': value for kind, evaluate in evaluators.items()
                            for name, value in evaluate().items()}
+                watchdog.heard()
                 final.update(results)
                 telemetry.report(step, results)
                 telemetry.progress(_eval_line(step, results, time.perf_counter() - started), is_lasting=True)

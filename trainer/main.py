@@ -1,7 +1,7 @@
 """The command: absl flags -> configuration -> strategy -> mode. Turns a user's mistake into one line and exit code 2.
 
-Holds no configurable and no setting. Exit codes: 0 finished, 2 the user's mistake; anything else is a crash, after
-which the same command resumes. stdout carries results only; progress and logs go to stderr.
+Holds no configurable and no setting. Exit codes: 0 finished, 2 the user's mistake, 75 another worker is lost or a step
+hangs; anything else is a crash. The same command resumes. stdout carries results only; progress and logs go to stderr.
 """
 import json
 import logging
@@ -48,12 +48,26 @@ def main(argv: list[str]) -> int:
 
 
 def _run() -> None:
-    import input_pipeline
+    import tensorflow as tf
+
     from trainer import config as config_module
+    from trainer.preemption import explain_lost_peer, leave
     config = config_module.load(_FLAGS.gin_file, _FLAGS.gin_param)
     workdir = Path(_FLAGS.workdir or _default_workdir(_FLAGS.gin_file)).expanduser()
     logging.info('workdir %s', workdir)
     strategy = config.build_strategy()
+    try:
+        _run_mode(config, strategy, workdir)
+    except tf.errors.OpError as error:
+        reason = explain_lost_peer(strategy, error)
+        if reason:
+            leave(reason)
+        raise
+
+
+def _run_mode(config, strategy, workdir: Path) -> None:
+    import input_pipeline
+    from trainer import config as config_module
     name, data_dir, prepare = _find_data(config.data)
     eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
     common = {'strategy': strategy, 'eval_dataset': config.eval_dataset, 'workdir': workdir}

@@ -51,6 +51,7 @@ class Train:
     keep_checkpoints: int = 3
     eval_every_epochs: float = 1
     log_every_steps: int = 100
+    step_timeout_secs: float = 3600.0  # ends the process with code 75 if no loop of steps returns for that long
     allow_config_change: bool = False  # resume although the recipe differs from the checkpoint's
 
     def __post_init__(self):
@@ -80,6 +81,8 @@ class Train:
                 'None, or at least 0 and below 1')
         require(self.checkpoint_every_secs is None or is_number(self.checkpoint_every_secs, 0),
                 'train.checkpoint_every_secs', self.checkpoint_every_secs, 'None or seconds')
+        require(is_number(self.step_timeout_secs) and self.step_timeout_secs > 0, 'train.step_timeout_secs',
+                self.step_timeout_secs, 'a positive number of seconds')
         require(is_number(self.eval_every_epochs) and self.eval_every_epochs > 0, 'train.eval_every_epochs',
                 self.eval_every_epochs, 'a positive number')
         for name in ('sync_batch_norm', 'allow_config_change'):

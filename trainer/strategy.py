@@ -114,6 +114,7 @@ def _build_multi_worker_strategy(num_gpus: int, timeout_secs: float) -> tf.distr
     strategy = tf.distribute.MultiWorkerMirroredStrategy(
         cluster_resolver=resolver, communication_options=tf.distribute.experimental.CommunicationOptions(
             timeout_seconds=timeout_secs, implementation=implementation.NCCL if num_gpus else implementation.RING))
+    strategy.peer_timeout_secs = timeout_secs  # for preemption.Watchdog
     logging.info('strategy multi_worker: this is %s of %d, with %s', describe_worker(strategy, resolver.task_id),
                  len(resolver.cluster_spec().as_dict()['worker']), f'{num_gpus} GPUs' if num_gpus else 'a CPU')
     return strategy

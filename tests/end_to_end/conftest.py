@@ -72,9 +72,9 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def start() -> Callable[..., subprocess.Popen]:
-    """start(*flags, cwd=...): python -m trainer.main in a process of its own, from any directory."""
-    def start_(*flags, cwd=REPOSITORY):
-        environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY)}
+    """start(*flags, cwd=..., NAME=...): python -m trainer.main in a process of its own, from any directory."""
+    def start_(*flags, cwd=REPOSITORY, **variables):
+        environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY), **variables}
         return subprocess.Popen([sys.executable, '-m', 'trainer.main', *map(str, flags)], cwd=cwd, env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -342,9 +342,11 @@ def test_a_wrong_value_of_a_root_is_refused_at_once(param, start):
 
 LEFT_OUT = {'train.max_steps': '5', 'train.steps_per_loop': '5', 'train.jit': 'True',
             'train.checkpoint_every_steps': '5', 'train.checkpoint_every_secs': '5', 'train.keep_checkpoints': '5',
-            'train.log_every_steps': '5', 'train.eval_every_epochs': '5', 'train.allow_config_change': 'True',
+            'train.log_every_steps': '5', 'train.eval_every_epochs': '5', 'train.step_timeout_secs': '5',
+            'train.allow_config_change': 'True',
             'data.default_dir': "'/elsewhere'", 'data.otherwise': "'shapes'", 'build_strategy.name': "'mirrored'",
-            'build_strategy.num_devices': '2', 'evaluate.checkpoint': "'best'", 'evaluate.weights': "'ema'"}
+            'build_strategy.num_devices': '2', 'build_strategy.op_threads': '1', 'build_strategy.timeout_secs': '5',
+            'evaluate.checkpoint': "'best'", 'evaluate.weights': "'ema'"}
 TAKEN_IN = {'train.seed': '1', 'train.epochs': '90', 'train.global_batch_size': '64', 'train.label_smoothing': '0.2',
             'train.clip_norm': '1.0', 'train.adaptive_clip': '0.01', 'train.ema_decay': '0.999',
             'train.precision': "'mixed_bfloat16'", 'train.sync_batch_norm': 'True', 'train.accumulate': '2',

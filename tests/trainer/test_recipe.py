@@ -30,6 +30,7 @@ WRONG_TRAIN = {
     'keep_checkpoints': ([0, -1, 1.0, None, True], 'a positive integer'),
     'eval_every_epochs': ([0, -1, '1', None, True], 'a positive number'),
     'log_every_steps': ([0, -1, 1.0, None, True], 'a positive integer'),
+    'step_timeout_secs': ([0, -1, '60', None, True, float('inf')], 'a positive number of seconds'),
     'allow_config_change': ([0, 1, 'False', None], 'True or False'),
 }
 WRONG_DATA = {

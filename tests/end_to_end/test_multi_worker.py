@@ -1,0 +1,175 @@
+"""Two processes compute what one does, one of them writes, and none outlives a peer that is lost or hangs for long."""
+
+import functools
+import json
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+NUM_STEPS, ROWS = 20, 64
+# Twenty steps of 64 out of the 42 examples of conftest's folder: batches that straddle epochs.
+SETTINGS = ('--gin_param=train.epochs=31', f'--gin_param=train.global_batch_size={ROWS}',
+            f'--gin_param=train.max_steps={NUM_STEPS}', '--gin_param=train.eval_every_epochs=16',
+            '--gin_param=train.ema_decay=0.9', '--gin_param=train.step_timeout_secs=300')
+# Rates as in the warmup of imagenet.gin: at larger ones twenty steps make of any rounding what they like.
+SYNCHRONISED = ('--gin_param=train.sync_batch_norm=True', '--gin_param=cosine.peak_rate=0.002',
+                '--gin_param=cosine.warmup_epochs=15')
+MIRRORED = ("--gin_param=build_strategy.name='mirrored'", '--gin_param=build_strategy.num_devices=2')
+ONE_THREAD = ('--gin_param=build_strategy.op_threads=1',)
+ENDLESS = ('--gin_param=train.epochs=100000', '--gin_param=train.eval_every_epochs=100000')
+TIMEOUT_SECS = 8
+
+
+@pytest.fixture
+def start_workers(start, recipe, folder, tmp_path):
+    """start_workers(*flags, workdirs=[...]) -> the processes of two workers of one run; none is left behind."""
+    started = []
+
+    def start_(*flags, workdirs=(tmp_path / 'run',) * 2):
+        sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]
+        addresses = [f'127.0.0.1:{each.getsockname()[1]}' for each in sockets]
+        for each in sockets:
+            each.close()
+        for index, workdir in enumerate(workdirs):
+            cluster = json.dumps({'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': index}})
+            started.append(start(f'--gin_file={recipe}', '--gin_file=gin/hardware/multi_worker.gin', *SETTINGS,
+                                 f'--data_dir={folder}', f'--workdir={workdir}', *flags, TF_CONFIG=cluster))
+        return started[-2:]
+
+    yield start_
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finish(processes):
+    """[(exit code, stderr)], for all of them together."""
+    results = [process.communicate(timeout=240) for process in processes]
+    return [(process.returncode, stderr) for process, (_, stderr) in zip(processes, results)]
+
+
+def assert_finished(processes):
+    for code, stderr in finish(processes):
+        assert code == 0, stderr
+
+
+def tensors(workdir):
+    reader = tf.train.load_checkpoint(str(workdir / 'checkpoints'))
+    return {name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())}
+
+
+def metrics(workdir):
+    """The lines of metrics.jsonl but for what the clock puts there."""
+    clock = {'time', 'train/images_per_sec', 'train/data_wait_fraction'}
+    return [{tag: value for tag, value in json.loads(line).items() if tag not in clock}
+            for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def vector(values, prefix):
+    return np.concatenate([np.ravel(v).astype(np.float64) for name, v in values.items() if name.startswith(prefix)])
+
+
+def wait_for_checkpoint(workdir, processes):
+    deadline = time.monotonic() + 120
+    while not list(workdir.glob('checkpoints/ckpt-*')):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory, run, recipe, folder):
+    """reference(*flags) -> the workdir of a finished run in one process, to be read by all tests."""
+    @functools.cache
+    def reference_(*flags):
+        workdir = tmp_path_factory.mktemp('reference')
+        finished = run(f'--gin_file={recipe}', *SETTINGS, f'--data_dir={folder}', f'--workdir={workdir}', *flags)
+        assert finished.returncode == 0, finished.stderr
+        return workdir
+
+    return reference_
+
+
+def test_two_workers_compute_what_one_device_and_two_replicas_do(start_workers, reference, tmp_path):
+    assert_finished(start_workers(*SYNCHRONISED, *ONE_THREAD))
+    workers, replicas, one = (tensors(path) for path in (
+        tmp_path / 'run', reference(*SYNCHRONISED, *ONE_THREAD, *MIRRORED), reference(*SYNCHRONISED, *ONE_THREAD)))
+    for name in workers:  # at equal threads a replica
+        np.testing.assert_array_equal(workers[name], replicas[name], err_msg=name)
+    assert workers['step'] == NUM_STEPS and workers['position'] == NUM_STEPS * ROWS
+    for prefix in ('params/', 'batch_stats/', 'slots/', 'ema/'):
+        difference = np.linalg.norm(vector(workers, prefix) - vector(one, prefix))
+        assert difference / np.linalg.norm(vector(one, prefix)) < 1e-5, prefix
+    assert (tmp_path / 'run' / 'best').is_dir() and (tmp_path / 'run' / 'config.gin').is_file()
+    for line, of_one in zip(metrics(tmp_path / 'run'), metrics(reference(*SYNCHRONISED, *ONE_THREAD)), strict=True):
+        assert line == pytest.approx(of_one, rel=1e-4)
+
+
+def test_a_run_goes_on_with_another_number_of_workers(start_workers, reference, run, recipe, folder, tmp_path):
+    """1 -> 2 workers; the stream of examples and, with synchronised statistics, the curve stay the same."""
+    workdir = tmp_path / 'run'
+    flags = (*SYNCHRONISED, *ONE_THREAD)
+    first = run(f'--gin_file={recipe}', *SETTINGS, *flags, f'--data_dir={folder}', f'--workdir={workdir}',
+                '--gin_param=train.max_steps=10')
+    assert first.returncode == 0, first.stderr
+    results = finish(start_workers(*flags))
+    assert [code for code, _ in results] == [0, 0], results
+    assert 'resuming from' in results[0][1] and 'num_replicas was 1, is 2' in results[0][1]
+    whole = tensors(reference(*flags))
+    resumed = tensors(workdir)
+    assert resumed['position'] == whole['position']
+    difference = np.linalg.norm(vector(resumed, 'params/') - vector(whole, 'params/'))
+    assert difference / np.linalg.norm(vector(whole, 'params/')) < 1e-5
+
+
+@pytest.mark.parametrize('way', [signal.SIGKILL, signal.SIGSTOP], ids=['killed', 'stopped'])
+def test_a_lost_worker_is_named_and_the_same_command_resumes(way, start_workers, tmp_path):
+    workdir = tmp_path / 'run'
+    timeout = f'--gin_param=build_strategy.timeout_secs={TIMEOUT_SECS}'
+    first, second = start_workers(timeout, *ENDLESS, '--gin_param=train.max_steps=None')
+    wait_for_checkpoint(workdir, [first, second])
+    second.send_signal(way)
+    lost = time.monotonic()
+    _, stderr = first.communicate(timeout=120)
+    assert first.returncode == 75, stderr
+    assert time.monotonic() - lost < 30
+    assert [line for line in stderr.splitlines() if line.startswith('error: ')] == stderr.splitlines()[-1:]
+    assert 'worker 1 (127.0.0.1:' in stderr.splitlines()[-1] and 'run the same command again' in stderr
+    second.kill()
+    if way == signal.SIGSTOP:
+        return  # what is left behind is the same
+    saved = max(int(path.name[5:]) for path in workdir.glob('checkpoints/ckpt-*'))
+    results = finish(start_workers(timeout, *ENDLESS, f'--gin_param=train.max_steps={saved + 3}'))
+    assert [code for code, _ in results] == [0, 0], results
+    assert 'resuming from' in results[0][1]
+    assert tensors(workdir)['step'] == saved + 3
+
+
+def test_workers_that_do_not_share_the_workdir_are_refused(start_workers, run, recipe, folder, tmp_path):
+    done = run(f'--gin_file={recipe}', *SETTINGS, f'--data_dir={folder}', f'--workdir={tmp_path / "a"}',
+               '--gin_param=train.max_steps=4')
+    assert done.returncode == 0, done.stderr
+    (code, _), (other_code, stderr) = finish(start_workers(
+        f'--gin_param=build_strategy.timeout_secs={TIMEOUT_SECS}', workdirs=(tmp_path / 'a', tmp_path / 'b')))
+    assert other_code == 2 and code == 75
+    assert 'finds no checkpoint in' in stderr and 'worker 0 step 4' in stderr and 'all workers share' in stderr
+    assert not (tmp_path / 'b').exists()
+
+
+@pytest.mark.parametrize(('cluster', 'words'), [
+    ('', 'neither TF_CONFIG nor SLURM names more than one worker'),
+    ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', 'none of the 2 workers'),
+    ('{"cluster": {"worker": ["a:1"', 'TF_CONFIG is'),
+    ('{"cluster": {"chief": ["a:1"]}, "task": {"type": "chief", "index": 0}}', 'TF_CONFIG is'),
+])
+def test_a_cluster_that_is_none_gives_one_line(cluster, words, start, recipe, folder, tmp_path):
+    process = start(f'--gin_file={recipe}', '--gin_file=gin/hardware/multi_worker.gin', f'--data_dir={folder}',
+                    f'--workdir={tmp_path / "run"}', TF_CONFIG=cluster)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    assert stderr.splitlines()[-1].startswith('error: ') and words in stderr.splitlines()[-1]
+    assert not (tmp_path / 'run').exists()
