@@ -32,6 +32,9 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
     batches = distribute(strategy, functools.partial(eval_dataset, source, global_batch_size=global_batch_size))
     num_examples = len(source)
     num_batches = -(-num_examples // global_batch_size)
+    # Traced now: what fails, fails before training, and not even a change of the source under a running trainer, which
+    # tracing reads, can spoil an evaluation hours later.
+    eval_loop(iter(batches), tf.constant(0))
 
     def evaluate() -> dict[str, float]:
         sums = eval_loop(iter(batches), tf.constant(num_batches))

@@ -1,0 +1,108 @@
+"""How many images a second a whole training step takes in on this machine's CPU, without input: ways to use the cores.
+
+    python benchmarks/train_step.py --image_size=56 --global_batch_size=128
+
+Compares one part a batch under TensorFlow's own threads, parts that run side by side (train.accumulate and
+build_strategy.op_threads = 1), and replicas on logical CPUs. Each measurement is a process of its own, since threads
+are set once for a process; the ways take turns, and the medians count. Prints one JSON object.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(image_size: int, global_batch_size: int, *, num_steps: int, width: float = 1.0, accumulate: int = 1,
+            **strategy_settings) -> float:
+    """Images a second over all workers: the median of five loops of `num_steps` steps, after two steps to warm up."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    import tensorflow as tf
+
+    from ghostnet import ghostnet
+    from trainer import optimizer, schedule
+    from trainer.recipe import Train
+    from trainer.state import build_model_and_state
+    from trainer.step import distribute, make_normalize, make_train_loop
+    from trainer.strategy import build_strategy
+
+    strategy = build_strategy(**strategy_settings)
+    settings = Train(epochs=1, global_batch_size=global_batch_size, accumulate=accumulate,
+                     model=lambda: ghostnet(1000, width, image_size=None),
+                     optimizer=lambda: optimizer.sgd(momentum=0.9, nesterov=True, weight_decay=4e-5),
+                     schedule=schedule.cosine)
+    model, state, update = build_model_and_state(settings, strategy, 1000)
+    train_loop = make_train_loop(
+        strategy, model, state, normalize=make_normalize((0.5,) * 3, (0.25,) * 3), update_fn=update,
+        schedule=schedule.cosine(0.1, num_steps=10_000), global_batch_size=global_batch_size, seed=0,
+        accumulate=accumulate, label_smoothing=0.1, clip_norm=None, adaptive_clip=None, ema_decay=None,
+        sync_batch_norm=False, jit=False)
+
+    def make_dataset(shard: int, num_shards: int) -> tf.data.Dataset:
+        rows, rng = global_batch_size // num_shards, np.random.default_rng(shard)
+        return tf.data.Dataset.from_tensors({
+            'image': rng.integers(0, 256, (rows, image_size, image_size, 3), np.uint8),
+            'label': rng.integers(0, 1000, rows).astype(np.int32), 'index': np.arange(rows),
+            'mask': np.ones(rows, np.float32)}).repeat()
+
+    batches = iter(distribute(strategy, make_dataset))
+    rates = []
+    for steps in (2, *[num_steps] * 5):
+        start = time.perf_counter()
+        float(train_loop(batches, tf.constant(steps))['loss'])
+        rates.append(steps * global_batch_size / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
+
+
+def measure_in_process(settings: dict, *, cores: str | None = None, **variables: str) -> subprocess.Popen:
+    """Starts `measure` in a process of its own, on these cores; it prints the number."""
+    command = [sys.executable, __file__, '--measure', json.dumps(settings)]
+    return subprocess.Popen((['taskset', '-c', cores] if cores else []) + command, stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, **variables})
+
+
+def result_of(process: subprocess.Popen) -> float:
+    """What a process of `measure_in_process` printed."""
+    stdout, _ = process.communicate()
+    if process.returncode:
+        sys.exit(process.returncode)
+    return float(stdout.split()[-1])
+
+
+def main() -> None:
+    """Reads the flags, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--image_size', type=int, default=56)
+    parser.add_argument('--global_batch_size', type=int, default=128)
+    parser.add_argument('--num_steps', type=int, default=10)
+    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--measure', type=json.loads, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.measure:
+        print(measure(**flags.measure))
+        return
+    cores = len(os.sched_getaffinity(0))
+    ways = {"one part, TensorFlow's threads": {'name': 'one_device'},
+            'one part, one thread an operation': {'name': 'one_device', 'op_threads': 1},
+            f'{cores} parts, one thread an operation': {'name': 'one_device', 'op_threads': 1, 'accumulate': cores},
+            f'{cores} replicas, one thread an operation': {'name': 'mirrored', 'num_devices': cores, 'op_threads': 1}}
+    shared = {'image_size': flags.image_size, 'global_batch_size': flags.global_batch_size,
+              'num_steps': flags.num_steps}
+    rates = {way: [] for way in ways}
+    for _ in range(flags.repeats):
+        for way, settings in ways.items():
+            rates[way].append(result_of(measure_in_process(shared | settings)))
+    print(json.dumps(shared | {'num_cores': cores, 'repeats': flags.repeats, 'images_per_sec': {
+        way: {'median': round(statistics.median(r)), 'min': round(min(r)), 'max': round(max(r))}
+        for way, r in rates.items()}}, indent=1))
+
+
+if __name__ == '__main__':
+    main()
