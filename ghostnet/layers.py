@@ -125,6 +125,30 @@ class Conv(keras.layers.Layer):
                 'strides': self.strides, 'use_bias': self.use_bias}
 
 
+@tf.custom_gradient
+def _depthwise_on_small_map(x: tf.Tensor, kernel: tf.Tensor):
+    """Depthwise convolution of stride 1 on maps smaller than the kernel, with another gradient of the kernel.
+
+    The CPU's own takes six times as long there: 1.07 ms against 0.17 for [64, 2, 2, 480], which is where images of less
+    than 64 pixels end. The gradient of each tap is the sum over what it has been multiplied with.
+    """
+    height, width, size = x.shape[1], x.shape[2], kernel.shape[0]
+
+    def overlap(t, dy, dx):  # what of t is still there when it is moved up by dy and left by dx
+        moved = t[:, max(0, dy):max(0, height + dy), max(0, dx):max(0, width + dx)]
+        return tf.cast(moved, tf.float32)
+
+    def grad(upstream):
+        taps = range(-(size // 2), size // 2 + 1)
+        # A tap that lies outside of the map wherever it is put has nothing to sum: 0.
+        of_kernel = [tf.reduce_sum(overlap(x, dy, dx) * overlap(upstream, -dy, -dx), [0, 1, 2])
+                     for dy in taps for dx in taps]
+        of_x = tf.nn.depthwise_conv2d_backprop_input(tf.shape(x), kernel, upstream, [1, 1, 1, 1], 'SAME')
+        return of_x, tf.cast(tf.reshape(tf.stack(of_kernel), kernel.shape), kernel.dtype)
+
+    return tf.nn.depthwise_conv2d(x, kernel, [1, 1, 1, 1], 'SAME'), grad
+
+
 @keras.saving.register_keras_serializable('ghostnet')
 class DepthwiseConv(keras.layers.Layer):
     """[B, H, W, C] -> [B, ceil(H / strides), ceil(W / strides), C], odd kernel, symmetric padding, no bias."""
@@ -139,8 +163,11 @@ class DepthwiseConv(keras.layers.Layer):
                                       initializer=_fan_in_uniform(size * size))
 
     def call(self, x):
-        strides = [1, self.strides, self.strides, 1]
-        return tf.nn.depthwise_conv2d(x, tf.convert_to_tensor(self.kernel), strides,
+        kernel = tf.convert_to_tensor(self.kernel)
+        height, width = x.shape[1:3]
+        if self.strides == 1 and height and width and max(height, width) < self.kernel_size:
+            return _depthwise_on_small_map(x, kernel)
+        return tf.nn.depthwise_conv2d(x, kernel, [1, self.strides, self.strides, 1],
                                       _symmetric_padding(self.kernel_size, self.strides))
 
     def get_config(self):

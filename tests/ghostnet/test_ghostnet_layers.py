@@ -297,3 +297,31 @@ def test_dropout_outside_of_a_step_differs_from_call_to_call():
 def test_a_rate_that_does_not_exist_is_refused(rate):
     with pytest.raises(ValueError, match='dropout is'):
         KeyedDropout(rate)
+
+
+@pytest.mark.parametrize('jit', [False, True])
+@pytest.mark.parametrize(('size', 'height', 'width'), [(3, 2, 2), (3, 1, 1), (3, 2, 1), (5, 2, 2), (5, 4, 3),
+                                                       (7, 2, 1)])
+def test_depthwise_on_maps_smaller_than_the_kernel_has_the_gradient_of_tensorflow(size, height, width, jit):
+    rng = np.random.default_rng(0)
+    x, upstream = (tf.constant(rng.standard_normal((4, height, width, 6)), tf.float32) for _ in range(2))
+    layer = DepthwiseConv(size)
+    layer.build(x.shape)
+
+    @tf.function(jit_compile=jit)
+    def gradients(x, kernel, convolve):
+        with tf.GradientTape() as tape:
+            tape.watch((x, kernel))
+            y = convolve(x, kernel)
+        return y, *tape.gradient(y, (x, kernel), output_gradients=upstream)
+
+    def ours(x, kernel):
+        return layer.stateless_call([kernel], [], x)[0]
+
+    def theirs(x, kernel):
+        return tf.nn.depthwise_conv2d(x, kernel, [1, 1, 1, 1], 'SAME')
+
+    kernel = tf.convert_to_tensor(layer.kernel)
+    for value, wanted in zip(gradients(x, kernel, ours), gradients(x, kernel, theirs)):
+        assert value.shape == wanted.shape
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5)
