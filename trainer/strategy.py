@@ -34,7 +34,11 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
     if op_threads is not None:
         require(isinstance(op_threads, int) and op_threads > 0, 'build_strategy.op_threads', op_threads,
                 'None or a positive integer')
-        tf.config.threading.set_intra_op_parallelism_threads(op_threads)
+        try:
+            tf.config.threading.set_intra_op_parallelism_threads(op_threads)
+        except RuntimeError as error:
+            raise ConfigError(f'build_strategy.op_threads is {op_threads}, but TensorFlow has already started with '
+                              'another number of threads; set it before anything is computed') from error
     require(is_number(timeout_secs) and timeout_secs > 0, 'build_strategy.timeout_secs', timeout_secs,
             'a positive number of seconds')
     gpus = tf.config.list_physical_devices('GPU')

@@ -1,7 +1,13 @@
-"""Two processes compute what one does, one of them writes, and none outlives a peer that is lost or hangs for long."""
+"""Two processes compute what one does, one of them writes, and none outlives a peer that is lost or hangs for long.
+
+What takes minutes runs where LONG_TESTS is set:
+
+    LONG_TESTS=1 ./launch/test.sh tests/end_to_end/test_multi_worker.py
+"""
 
 import functools
 import json
+import os
 import signal
 import socket
 import time
@@ -16,11 +22,12 @@ SETTINGS = ('--gin_param=train.epochs=31', f'--gin_param=train.global_batch_size
             f'--gin_param=train.max_steps={NUM_STEPS}', '--gin_param=train.eval_every_epochs=16',
             '--gin_param=train.ema_decay=0.9', '--gin_param=train.step_timeout_secs=300')
 # At the rates of real training twenty steps of so small a network make what they like of any rounding.
-SYNCHRONISED = ('--gin_param=train.sync_batch_norm=True', '--gin_param=cosine.peak_rate=1e-4')
+SYNCHRONISED = ('--gin_param=train.sync_batch_norm=True', '--gin_param=cosine.peak_rate=5e-5')
 MIRRORED = ("--gin_param=build_strategy.name='mirrored'", '--gin_param=build_strategy.num_devices=2')
 ONE_THREAD = ('--gin_param=build_strategy.op_threads=1',)
 ENDLESS = ('--gin_param=train.epochs=100000', '--gin_param=train.eval_every_epochs=100000')
 TIMEOUT_SECS = 8
+long_test = pytest.mark.skipif(not os.environ.get('LONG_TESTS'), reason='takes minutes: set LONG_TESTS=1')
 
 
 @pytest.fixture
@@ -111,6 +118,7 @@ def test_two_workers_compute_what_one_device_and_two_replicas_do(start_workers, 
         assert line == pytest.approx(of_one, rel=1e-4)
 
 
+@long_test
 def test_a_run_goes_on_with_another_number_of_workers(start_workers, reference, run, recipe, folder, tmp_path):
     """1 -> 2 workers; the stream of examples and, with synchronised statistics, the curve stay the same."""
     workdir = tmp_path / 'run'
@@ -127,7 +135,8 @@ def test_a_run_goes_on_with_another_number_of_workers(start_workers, reference, 
     assert relative_difference(resumed, whole, 'params/') < 1e-5
 
 
-@pytest.mark.parametrize('way', [signal.SIGKILL, signal.SIGSTOP], ids=['killed', 'stopped'])
+@pytest.mark.parametrize('way', [pytest.param(signal.SIGKILL, id='killed'),
+                                 pytest.param(signal.SIGSTOP, id='stopped', marks=long_test)])
 def test_a_lost_worker_is_named_and_the_same_command_resumes(way, start_workers, tmp_path):
     workdir = tmp_path / 'run'
     timeout = f'--gin_param=build_strategy.timeout_secs={TIMEOUT_SECS}'
@@ -150,6 +159,7 @@ def test_a_lost_worker_is_named_and_the_same_command_resumes(way, start_workers,
     assert tensors(workdir, saved + 3)['step'] == saved + 3
 
 
+@long_test
 def test_workers_that_do_not_share_the_workdir_are_refused(start_workers, run, recipe, folder, tmp_path):
     done = run(f'--gin_file={recipe}', *SETTINGS, f'--data_dir={folder}', f'--workdir={tmp_path / "a"}',
                '--gin_param=train.max_steps=4')
@@ -159,18 +169,3 @@ def test_workers_that_do_not_share_the_workdir_are_refused(start_workers, run, r
     assert other_code == 2 and code == 75
     assert 'finds no checkpoint in' in stderr and 'worker 0 step 4' in stderr and 'all workers share' in stderr
     assert not (tmp_path / 'b').exists()
-
-
-@pytest.mark.parametrize(('cluster', 'words'), [
-    ('', 'neither TF_CONFIG nor SLURM names more than one worker'),
-    ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', 'none of the 2 workers'),
-    ('{"cluster": {"worker": ["a:1"', 'TF_CONFIG is'),
-    ('{"cluster": {"chief": ["a:1"]}, "task": {"type": "chief", "index": 0}}', 'TF_CONFIG is'),
-])
-def test_a_cluster_that_is_none_gives_one_line(cluster, words, start, recipe, folder, tmp_path):
-    process = start(f'--gin_file={recipe}', '--gin_file=gin/hardware/multi_worker.gin', f'--data_dir={folder}',
-                    f'--workdir={tmp_path / "run"}', TF_CONFIG=cluster)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2, stderr
-    assert stderr.splitlines()[-1].startswith('error: ') and words in stderr.splitlines()[-1]
-    assert not (tmp_path / 'run').exists()
