@@ -13,11 +13,11 @@ import tensorflow as tf
 from input_pipeline import order
 from input_pipeline.preprocess import (
     Crop,
+    checked,
     decode,
     make_center_crop,
     make_random_resized_crop,
     random_flip,
-    read_image_size,
 )
 from input_pipeline.sources.idx import encode_png
 from input_pipeline.sources.source import Source
@@ -108,7 +108,7 @@ def first_undecodable(source: Source, indices: Iterable[int]) -> tuple[int, str]
     """(index, reason) of the first of these examples that is masked because it cannot be decoded, if one is."""
     @tf.function
     def check(encoded: tf.Tensor):
-        read_image_size(encoded)
+        encoded, _, _ = checked(encoded)
         return tf.shape(decode(encoded))
 
     for index in indices:

@@ -33,7 +33,7 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0), ratio: tu
         the GhostNet paper's code resize, and unlike PIL. Antialiasing would take as long as all the rest of the crop.
     """
     def crop(encoded, seed, image_size):
-        height, width = read_image_size(encoded)
+        encoded, height, width = checked(encoded)
         window = crop_window(tf.random.stateless_uniform([22], seed), height, width, scale, ratio)
         image = tf.cond(
             tf.io.is_jpeg(encoded),
@@ -74,7 +74,7 @@ def crop_window(uniform: tf.Tensor, height: tf.Tensor, width: tf.Tensor, scale: 
 def make_random_shift(max_shift: int = 2) -> Crop:
     """The whole image, moved by up to `max_shift` pixels each way over black, then resized; for small images."""
     def crop(encoded, seed, image_size):
-        read_image_size(encoded)
+        encoded, _, _ = checked(encoded)
         image = decode(encoded)
         shape = tf.shape(image)
         padded = tf.pad(image, [[max_shift, max_shift], [max_shift, max_shift], [0, 0]])
@@ -100,7 +100,7 @@ def make_center_crop(resize: int = 256, interpolation: str = 'bicubic') -> Crop:
 
     def crop(encoded, seed, image_size):
         del seed
-        read_image_size(encoded)
+        encoded, _, _ = checked(encoded)
         image = decode(encoded)
         size = tf.shape(image)[:2]
         # As torchvision rounds: the longer side down, the offset of the crop to the nearest, halves to even.
@@ -156,6 +156,13 @@ def read_image_size(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     # The raw op: tf.debugging.Assert would wrap it in a conditional, a third of the cost of this function.
     with tf.control_dependencies([tf.raw_ops.Assert(condition=is_sane, data=['image of', height, width, 'pixels'])]):
         return tf.identity(height), tf.identity(width)
+
+
+def checked(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The same bytes, but not before `read_image_size` has passed them; and what it has read."""
+    height, width = read_image_size(encoded)
+    with tf.control_dependencies([height, width]):  # or a decoder could run beside the check
+        return tf.identity(encoded), height, width
 
 
 def _to_uint8(image: tf.Tensor) -> tf.Tensor:

@@ -20,8 +20,8 @@ def separable(count, seed):
 
 
 def fit(model, **settings):
-    return trainer.train(model, *separable(NUM_TRAIN, 1), epochs=5, global_batch_size=16,
-                         eval_data=separable(NUM_EVAL, 2), eval_every_epochs=5, peak_rate=0.05, warmup_epochs=1,
+    return trainer.train(model, *separable(NUM_TRAIN, 1), epochs=12, global_batch_size=16,
+                         eval_data=separable(NUM_EVAL, 2), eval_every_epochs=12, peak_rate=0.05, warmup_epochs=1,
                          **settings)
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -102,11 +103,16 @@ class Checkout:
 
     def start(self, script: str, *args: str, cwd: pathlib.Path | None = None, cpus: set[int] | None = None,
               **env: str) -> subprocess.Popen:
+        def prepare() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background of a shell has it ignored
+            if cpus:
+                os.sched_setaffinity(0, cpus)
+
         return subprocess.Popen(
             [self.bin / 'bash', self.root / script, *args],
             cwd=cwd or self.root,
             env={'PATH': str(self.bin), **env},
-            preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
+            preexec_fn=prepare,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
