@@ -43,7 +43,7 @@ def measure(image_size: int, global_batch_size: int, *, num_steps: int, width: f
         strategy, model, state, normalize=make_normalize((0.5,) * 3, (0.25,) * 3), update_fn=update,
         schedule=schedule.cosine(0.1, num_steps=10_000), global_batch_size=global_batch_size, seed=0,
         accumulate=accumulate, label_smoothing=0.1, clip_norm=None, adaptive_clip=None, ema_decay=None,
-        sync_batch_norm=False, jit=False)
+        sync_batch_norm=False, all_reduce_dtype='float32', jit=False)
 
     def make_dataset(shard: int, num_shards: int) -> tf.data.Dataset:
         rows, rng = global_batch_size // num_shards, np.random.default_rng(shard)

@@ -59,11 +59,18 @@ class BatchNorm(keras.layers.Layer):
         """Statistics of the global batch, unbiased by its count.
 
         Two reductions of [C] a layer, the second about the mean of the first: mean of squares minus square of the mean
-        in one would lose the digits that the gradients of small maps need.
+        in one would lose the digits that the gradients of small maps need. Each axis is summed by itself: a float32 sum
+        over all rows at once, as in the CPU's fused kernel, is off by 1e-4 at 65,536 rows, and differently for every
+        number of replicas.
         """
+        def mean_of(t):
+            for axis in (2, 1, 0):
+                t = tf.reduce_mean(t, axis)
+            return step.cross_replica_mean(t)
+
         x32 = tf.cast(x, tf.float32)
-        mean = step.cross_replica_mean(tf.reduce_mean(x32, [0, 1, 2]))
-        variance = step.cross_replica_mean(tf.reduce_mean(tf.math.squared_difference(x32, mean), [0, 1, 2]))
+        mean = mean_of(x32)
+        variance = mean_of(tf.math.squared_difference(x32, mean))
         y = tf.nn.batch_normalization(x32, mean, variance, tf.convert_to_tensor(self.beta),
                                       tf.convert_to_tensor(self.gamma), self.epsilon)
         count = tf.cast(tf.reduce_prod(tf.shape(x)[:3]) * step.num_replicas, tf.float32)

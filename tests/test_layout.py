@@ -23,6 +23,7 @@ LEVELS = (
     {'loop', 'check', 'export', 'compare', 'config'},
     {'evaluate'},
     {'step'},
+    {'gradient', 'update'},
     {'state', 'optimizer', 'checkpoint', 'telemetry', 'preemption', 'goodput'},
     {'strategy'},
     {'schedule', 'loss', 'loss_scale', 'metrics', 'mix', 'ema', 'distill'},

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,17 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         strategy, model, state, normalize=normalize, update_fn=update, schedule=schedule, global_batch_size=rows,
         seed=settings.seed, accumulate=settings.accumulate, label_smoothing=settings.label_smoothing,
         clip_norm=settings.clip_norm, adaptive_clip=settings.adaptive_clip, ema_decay=settings.ema_decay,
-        sync_batch_norm=settings.sync_batch_norm, jit=jit)
-    batches = iter(distribute(strategy, functools.partial(
-        train_dataset, train_source, global_batch_size=rows, seed=settings.seed,
-        start_position=int(state.position.numpy()))))
+        sync_batch_norm=settings.sync_batch_norm, all_reduce_dtype=settings.all_reduce_dtype, jit=jit)
+    sizes = {round(epoch * steps_per_epoch): size for epoch, size in settings.image_sizes or ()}  # from a step on
+
+    def batches_from(step: int) -> Iterator:
+        in_force = [first for first in sizes if first <= step]
+        size = {'image_size': sizes[max(in_force)]} if in_force else {}
+        return iter(distribute(strategy, functools.partial(
+            train_dataset, train_source, global_batch_size=rows, seed=settings.seed,
+            start_position=int(state.position.numpy()), **size)))
+
+    batches = batches_from(step)
     evaluators = {} if eval_source is None else {
         kind: make_evaluate(strategy, model, state, weights, source=eval_source, eval_dataset=eval_dataset,
                             global_batch_size=rows, normalize=normalize, jit=jit)
@@ -98,7 +105,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         while step < last_step:
             next_eval = _next_multiple(step, eval_every_steps) if evaluators else last_step
             until = min(step + settings.steps_per_loop, _next_multiple(step, settings.log_every_steps),
-                        _next_multiple(step, settings.checkpoint_every_steps), next_eval, last_step)
+                        _next_multiple(step, settings.checkpoint_every_steps), next_eval, last_step,
+                        *(first for first in sizes if first > step))
             started = time.perf_counter()
             sums = train_loop(batches, tf.constant(until - step))
             sums = {name: float(value) for name, value in sums.items()}  # the one place where the host waits
@@ -108,6 +116,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
                 raise _undecodable(train_source, settings.seed, end=int(state.position.numpy()),
                                    count=(until - step) * rows)
             step = until
+            if step in sizes:
+                batches = batches_from(step)  # the loop is traced again, once a size
 
             is_last, is_eval = step == last_step, evaluators and step == next_eval or step == last_step
             metrics = reported.metrics(float(schedule(tf.constant(step - 1))))

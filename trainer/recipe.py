@@ -26,6 +26,16 @@ def is_number(value: object, minimum: float = float('-inf'), below: float = floa
     return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value < below
 
 
+def _are_stages(value: object) -> bool:
+    if not isinstance(value, tuple | list) or not value:
+        return False
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 and is_number(pair[0], 0) and _is_integer(pair[1], 1)
+               for pair in value):
+        return False
+    epochs = [pair[0] for pair in value]
+    return epochs[0] == 0 and all(a < b for a, b in zip(epochs, epochs[1:]))
+
+
 @dataclass(frozen=True)
 class Train:
     """`train.*`: everything of a recipe that is not a part of its own."""
@@ -39,7 +49,8 @@ class Train:
     max_steps: int | None = None  # stop here; the schedule still runs over all epochs
     steps_per_loop: int = 100  # steps on the device between two touches of the host
     jit: bool | str = 'auto'  # compile with XLA; 'auto' does on GPU and TPU, not on the CPU
-    precision: str = 'float32'
+    precision: str = 'float32'  # 'tf32' is float32 whose matrix products round their factors to 10 bits, on GPUs
+    all_reduce_dtype: str = 'float32'  # 'bfloat16' halves what gradients cost between devices, and rounds them
     label_smoothing: float = 0.0
     accumulate: int = 1  # parts that a replica's rows are worked off in; each has batch statistics of its own
     clip_norm: float | None = None  # largest global norm of the gradient, taken after the all-reduce
@@ -49,6 +60,7 @@ class Train:
     checkpoint_every_steps: int = 1000
     checkpoint_every_secs: float | None = None  # also that often by the clock, at the end of a loop of steps
     keep_checkpoints: int = 3
+    image_sizes: tuple[tuple[float, int], ...] | None = None  # (from epoch, pixels): smaller images first are faster
     eval_every_epochs: float = 1
     log_every_steps: int = 100
     step_timeout_secs: float = 3600.0  # ends the process with code 75 if no loop of steps returns for that long
@@ -67,8 +79,10 @@ class Train:
         require(self.max_steps is None or _is_integer(self.max_steps, 1), 'train.max_steps', self.max_steps,
                 'None or a positive integer')
         require(self.jit in ('auto', True, False), 'train.jit', self.jit, "'auto', True or False")
-        require(self.precision in ('float32', 'mixed_bfloat16', 'mixed_float16'), 'train.precision', self.precision,
-                "'float32', 'mixed_bfloat16' or 'mixed_float16'")
+        require(self.precision in ('float32', 'tf32', 'mixed_bfloat16', 'mixed_float16'), 'train.precision',
+                self.precision, "'float32', 'tf32', 'mixed_bfloat16' or 'mixed_float16'")
+        require(self.all_reduce_dtype in ('float32', 'bfloat16'), 'train.all_reduce_dtype', self.all_reduce_dtype,
+                "'float32' or 'bfloat16'")
         require(is_number(self.label_smoothing, 0, 1), 'train.label_smoothing', self.label_smoothing,
                 'at least 0 and below 1')
         require(self.clip_norm is None or is_number(self.clip_norm) and self.clip_norm > 0, 'train.clip_norm',
@@ -85,6 +99,8 @@ class Train:
                 self.step_timeout_secs, 'a positive number of seconds')
         require(is_number(self.eval_every_epochs) and self.eval_every_epochs > 0, 'train.eval_every_epochs',
                 self.eval_every_epochs, 'a positive number')
+        require(self.image_sizes is None or _are_stages(self.image_sizes), 'train.image_sizes', self.image_sizes,
+                'None or pairs of an epoch and pixels as ((0, 128), (10.5, 224)), epochs rising from 0')
         for name in ('sync_batch_norm', 'allow_config_change'):
             require(isinstance(getattr(self, name), bool), f'train.{name}', getattr(self, name), 'True or False')
         require(not (self.sync_batch_norm and self.accumulate > 1), 'train.accumulate', self.accumulate,

@@ -4,6 +4,7 @@ Responsible for owning and naming. It computes nothing: step.py assigns, checkpo
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -13,6 +14,17 @@ from trainer.loss_scale import init_loss_scale
 from trainer.recipe import ConfigError, Train
 
 Variables = dict[str, tf.Variable]
+Tensors = dict[str, tf.Tensor]
+
+
+class Values(NamedTuple):
+    """What a step computes anew: the values of these fields of TrainState."""
+
+    params: Tensors
+    batch_stats: Tensors
+    slots: dict[str, Tensors]
+    ema: Tensors
+    loss_scale: Tensors
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,17 @@ class TrainState:
         if name == 'raw':
             return self.params, self.batch_stats
         return {path: self.ema[path] for path in self.params}, {path: self.ema[path] for path in self.batch_stats}
+
+    def read(self) -> Values:
+        """The values at this time, on this replica."""
+        return tf.nest.map_structure(tf.convert_to_tensor, self._trained())
+
+    def assign(self, values: Values) -> None:
+        """Assigns all of them, on this replica."""
+        tf.nest.map_structure(lambda variable, value: variable.assign(value), self._trained(), values)
+
+    def _trained(self) -> Values:
+        return Values(self.params, self.batch_stats, self.slots, self.ema, self.loss_scale)
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Assigns every variable; names and shapes must have been checked."""
@@ -110,7 +133,8 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     init_slots, update = settings.optimizer()
     policy = keras.config.dtype_policy()
     keras.utils.set_random_seed(settings.seed)
-    keras.config.set_dtype_policy(settings.precision)
+    keras.config.set_dtype_policy(settings.precision.replace('tf32', 'float32'))
+    tf.config.experimental.enable_tensor_float_32_execution(settings.precision == 'tf32')  # TensorFlow's default: yes
     try:
         with strategy.scope():
             model = settings.model()

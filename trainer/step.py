@@ -3,22 +3,20 @@
 The only file that knows of replicas: strategy.run, all_reduce and jit_compile stand here and nowhere else. A training
 step is two pure functions, forward_backward and update, with one packed all-reduce between them.
 """
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from ghostnet.keyed import row_keys, step_context
-from trainer.ema import ema_update
+from ghostnet.keyed import row_keys
+from trainer.gradient import choose_parallel_parts, make_forward_backward
 from trainer.loss import smoothed_cross_entropy
-from trainer.loss_scale import next_loss_scale
 from trainer.metrics import SUMS, masked_sums
-from trainer.optimizer import clip_adaptively, clip_by_global_norm
 from trainer.recipe import ConfigError
-from trainer.state import TrainState
+from trainer.state import TrainState, Values
 from trainer.strategy import has_accelerator, is_multi_worker
+from trainer.update import make_update
 
 Tensors = dict[str, tf.Tensor]
 
@@ -69,18 +67,22 @@ def use_jit(jit: bool | str, strategy: tf.distribute.Strategy, sync_batch_norm: 
     return has_accelerator() and can_compile if jit == 'auto' else jit
 
 
-def _all_reduce_sum(replica: tf.distribute.ReplicaContext, tree: Any) -> Any:
-    """Sums float32 tensors of any structure over the replicas in one collective."""
+def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any) -> Any:
+    """Sums tensors of any structure over the replicas, in one collective for each dtype: one, in general."""
     tensors = tf.nest.flatten(tree)
-    packed = tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
-    packed = replica.all_reduce(tf.distribute.ReduceOp.SUM, packed)
-    parts = tf.split(packed, [t.shape.num_elements() for t in tensors])
-    return tf.nest.pack_sequence_as(tree, [tf.reshape(part, t.shape) for part, t in zip(parts, tensors, strict=True)])
+    summed = list(tensors)
+    for dtype in sorted({t.dtype.name for t in tensors}):
+        numbers = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
+        packed = all_reduce(tf.concat([tf.reshape(tensors[i], [-1]) for i in numbers], axis=0))
+        parts = tf.split(packed, [tensors[i].shape.num_elements() for i in numbers])
+        for i, part in zip(numbers, parts, strict=True):
+            summed[i] = tf.reshape(part, tensors[i].shape)
+    return tf.nest.pack_sequence_as(tree, summed)
 
 
-def _assign(variables: dict[str, tf.Variable], tensors: Tensors) -> None:
-    for path, variable in variables.items():
-        variable.assign(tensors[path])
+def _stay(tensor: tf.Tensor) -> tf.Tensor:
+    with tf.device(tensor.device):
+        return tf.identity(tensor)
 
 
 def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -90,12 +92,50 @@ def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) 
     return lambda images: tf.cast(images, tf.float32) * scale + offset
 
 
+def make_step(model: keras.Model, *, normalize: Callable[[tf.Tensor], tf.Tensor], update_fn: Callable,
+              schedule: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int, num_replicas: int, seed: int,
+              accumulate: int, label_smoothing: float, clip_norm: float | None, adaptive_clip: float | None,
+              ema_decay: float | None, sync_batch_norm: bool, all_reduce_dtype: str,
+              jit: bool) -> Callable[..., tuple[Values, Tensors]]:
+    """Makes step(values, batch, step_number, replica_id, all_reduce) -> (values, sums): what one replica computes.
+
+    A pure function: forward_backward, one packed all-reduce, update. The arguments are `make_train_loop`'s;
+    `all_reduce` sums a float tensor over the replicas.
+    """
+    rows = global_batch_size // num_replicas
+
+    def step(values: Values, batch: Tensors, step_number: tf.Tensor, replica_id: tf.Tensor, all_reduce: Callable):
+        def cross_replica_mean(t):
+            return all_reduce(t) / num_replicas if num_replicas > 1 else t
+
+        forward_backward = make_forward_backward(
+            model, normalize=normalize, global_batch_size=global_batch_size, label_smoothing=label_smoothing,
+            accumulate=accumulate, parallel_parts=choose_parallel_parts(num_replicas, has_accelerator()),
+            # Synchronised on one replica too, so that any number of them computes the same.
+            cross_replica_mean=cross_replica_mean if sync_batch_norm else None, num_replicas=num_replicas)
+        compute = compiled(forward_backward) if jit and num_replicas > 1 else forward_backward
+        keys = row_keys(seed, step_number, replica_id * rows, rows)
+        grads, new_stats, sums = compute(values.params, values.batch_stats, values.loss_scale, batch, keys)
+        if num_replicas > 1:
+            grads = {path: tf.cast(g, all_reduce_dtype) for path, g in grads.items()}
+            grads, new_stats, sums = _all_reduce_packed(all_reduce, (grads, new_stats, sums))
+            grads = {path: tf.cast(g, tf.float32) for path, g in grads.items()}
+        if num_replicas * accumulate > 1:  # one view of them for all replicas and parts
+            new_stats = {path: s / (num_replicas * accumulate) for path, s in new_stats.items()}
+        new_values, is_finite, norm = update(values, grads, new_stats, step_number)
+        taken = {name: tf.where(is_finite, value, 0.0) for name, value in (sums | {'grad_norm': norm}).items()}
+        return new_values, taken | {'seen': sums['examples'], 'skipped': 1 - tf.cast(is_finite, tf.float32)}
+
+    def compiled(function: Callable):
+        return tf.function(function, jit_compile=True, autograph=False)
+
+    update = make_update(update_fn, schedule, clip_norm=clip_norm, adaptive_clip=adaptive_clip, ema_decay=ema_decay)
+    update = compiled(update) if jit and num_replicas > 1 else update
+    return compiled(step) if jit and num_replicas == 1 else step
+
+
 def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, *,
-                    normalize: Callable[[tf.Tensor], tf.Tensor], update_fn: Callable,
-                    schedule: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int, seed: int,
-                    accumulate: int, label_smoothing: float, clip_norm: float | None, adaptive_clip: float | None,
-                    ema_decay: float | None, sync_batch_norm: bool,
-                    jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
+                    global_batch_size: int, **step_settings: Any) -> Callable[[Iterator, tf.Tensor], Tensors]:
     """Makes train_loop(iterator, num_steps) -> float32 scalars summed over the steps.
 
     The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
@@ -103,101 +143,25 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
     Args:
         strategy, model, state: model is used as a pure function of the variables in state.
-        normalize: uint8 images -> the floats that the model takes.
-        update_fn: the optimizer's update, see optimizer.py.
-        schedule: step -> learning rate.
         global_batch_size: rows over all replicas.
-        seed: of what is drawn on the device.
-        accumulate, label_smoothing, clip_norm, adaptive_clip, ema_decay, sync_batch_norm: as in recipe.Train.
-        jit: compile with XLA: the whole step on one replica, else forward_backward and update, each by itself.
+        step_settings: what else `make_step` takes:
+            normalize: uint8 images -> the floats that the model takes.
+            update_fn: the optimizer's update, see optimizer.py.
+            schedule: step -> learning rate.
+            seed: of what is drawn on the device.
+            accumulate, label_smoothing, clip_norm, adaptive_clip, ema_decay, sync_batch_norm, all_reduce_dtype: as in
+                recipe.Train.
+            jit: compile with XLA: the whole step on one replica, else forward_backward and update, each by itself.
     """
-    num_replicas = strategy.num_replicas_in_sync
-    rows = global_batch_size // num_replicas
-
-    def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor):
-        cross_replica_mean = None
-        if sync_batch_norm and num_replicas > 1:
-            replica = tf.distribute.get_replica_context()
-            def cross_replica_mean(t):
-                return replica.all_reduce(tf.distribute.ReduceOp.MEAN, t)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(params)
-            with step_context(keys, cross_replica_mean, num_replicas):
-                logits, new_stats = model.stateless_call(list(params.values()), list(batch_stats.values()),
-                                                         normalize(batch['image']), training=True)
-            losses = smoothed_cross_entropy(logits, batch['label'], label_smoothing)
-            # Divided by the global batch here and summed over replicas below: the gradient of the global mean.
-            loss = tf.reduce_sum(batch['mask'] * losses) / global_batch_size
-            loss *= loss_scale.get('loss_scale', 1.0)
-        grads = tape.gradient(loss, params)
-        return grads, dict(zip(batch_stats, new_stats, strict=True)), masked_sums(logits, losses, batch['label'],
-                                                                                  batch['mask'])
-
-    def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors,
-                                  keys: tf.Tensor):
-        """The sums of forward_backward over `accumulate` equal parts of the rows, as if each were a replica's."""
-        parts = tf.nest.map_structure(lambda t: tf.reshape(t, [accumulate, -1, *t.shape[1:]]), (batch, keys))
-
-        def add_part(i, totals):
-            part = tf.nest.map_structure(lambda t: t[i], parts)
-            return i + 1, tf.nest.map_structure(tf.add, totals, forward_backward(params, batch_stats, loss_scale,
-                                                                              *part))
-
-        zeros = tf.nest.map_structure(tf.zeros_like, (params, batch_stats, dict.fromkeys(SUMS, tf.constant(0.0))))
-        # Parts need nothing of each other but the sum. One after the other they save memory; on the CPU, where most
-        # operations are too small to be shared by threads, a part to each core is the fastest way through a batch.
-        parallel = 1 if has_accelerator() else max(1, len(os.sched_getaffinity(0)) // num_replicas)
-        return tf.while_loop(lambda i, _: i < accumulate, add_part, (tf.constant(0), zeros),
-                             parallel_iterations=parallel)[1]
-
-    def update(params: Tensors, batch_stats: Tensors, slots: Any, ema: Tensors, loss_scale: Tensors, grads: Tensors,
-               new_stats: Tensors, step: tf.Tensor):
-        if loss_scale:
-            grads = {path: g / loss_scale['loss_scale'] for path, g in grads.items()}
-        norm = tf.linalg.global_norm(list(grads.values()))
-        is_finite = tf.math.is_finite(norm) & tf.reduce_all([tf.reduce_all(tf.math.is_finite(s))
-                                                             for s in new_stats.values()])
-
-        def take():
-            clipped = grads if clip_norm is None else clip_by_global_norm(grads, norm, clip_norm)
-            clipped = clipped if adaptive_clip is None else clip_adaptively(clipped, params, adaptive_clip)
-            new_params, new_slots = update_fn(clipped, slots, params, schedule(step), step)
-            new_ema = ema_update(ema, new_params | new_stats, ema_decay, step) if ema else {}
-            return new_params, new_stats, new_slots, new_ema
-
-        # All replicas see the same sums, so that all take the step or none does. No collective stands in the branches.
-        kept = tf.cond(is_finite, take, lambda: (params, batch_stats, slots, ema))
-        return *kept, next_loss_scale(loss_scale, is_finite), is_finite, norm
-
-    compute = forward_backward if accumulate == 1 else forward_backward_in_parts
-    if jit and num_replicas > 1:
-        compute = tf.function(compute, jit_compile=True, autograph=False)
-        update = tf.function(update, jit_compile=True, autograph=False)
+    step = make_step(model, global_batch_size=global_batch_size, num_replicas=strategy.num_replicas_in_sync,
+                     **step_settings)
 
     def replica_step(batch: Tensors) -> Tensors:
         replica = tf.distribute.get_replica_context()
-        params, batch_stats, slots, ema, loss_scale = tf.nest.map_structure(
-            tf.convert_to_tensor, (state.params, state.batch_stats, state.slots, state.ema, state.loss_scale))
-        step = tf.convert_to_tensor(state.step)
-        keys = row_keys(seed, step, replica.replica_id_in_sync_group * rows, rows)
-        grads, new_stats, sums = compute(params, batch_stats, loss_scale, batch, keys)
-        if num_replicas > 1:
-            grads, new_stats, sums = _all_reduce_sum(replica, (grads, new_stats, sums))
-        if num_replicas * accumulate > 1:  # one view of them for all replicas and parts
-            new_stats = {path: s / (num_replicas * accumulate) for path, s in new_stats.items()}
-        params, batch_stats, slots, ema, loss_scale, is_finite, norm = update(params, batch_stats, slots, ema,
-                                                                              loss_scale, grads, new_stats, step)
-        _assign(state.params, params)
-        _assign(state.batch_stats, batch_stats)
-        for slot, tensors in slots.items():
-            _assign(state.slots[slot], tensors)
-        _assign(state.ema, ema)
-        _assign(state.loss_scale, loss_scale)
-        taken = {name: tf.where(is_finite, value, 0.0) for name, value in (sums | {'grad_norm': norm}).items()}
-        return taken | {'seen': sums['examples'], 'skipped': 1 - tf.cast(is_finite, tf.float32)}
-
-    if jit and num_replicas == 1:
-        replica_step = tf.function(replica_step, jit_compile=True, autograph=False)
+        values, sums = step(state.read(), batch, tf.convert_to_tensor(state.step), replica.replica_id_in_sync_group,
+                            lambda t: replica.all_reduce(tf.distribute.ReduceOp.SUM, t))
+        state.assign(values)
+        return sums
 
     names = (*SUMS, 'seen', 'grad_norm', 'skipped')
 
@@ -210,7 +174,10 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
             with tf.control_dependencies([start]):
                 batch = next(iterator)
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-                waited += tf.timestamp() - start
+                end = tf.timestamp()
+            with tf.control_dependencies([end]):  # or a lone core would read the clock after the step
+                batch = tf.nest.map_structure(_stay, batch, expand_composites=True)
+            waited += end - start
             sums = strategy.run(replica_step, args=(batch,))
             sums = {name: strategy.experimental_local_results(value)[0] for name, value in sums.items()}
             totals += tf.stack([sums[name] for name in names])

@@ -119,9 +119,13 @@ def test_two_workers_compute_what_one_device_does(start_workers, reference, tmp_
     assert_finished(start_workers(*SYNCHRONISED, *ONE_THREAD))
     workers, one = tensors(tmp_path / 'run'), tensors(reference(*SYNCHRONISED, *ONE_THREAD))
     assert workers['step'] == NUM_STEPS and workers['position'] == NUM_STEPS * ROWS
-    for prefix in ('params/', 'batch_stats/', 'slots/', 'ema/'):
+    for prefix in ('params/', 'slots/', 'ema/'):
         assert relative_difference(workers, one, prefix) < 1e-5, prefix
+    # Statistics of so small a network multiply every rounding: half a unit in the last place of each initial weight
+    # moves them by 4e-6 within ten steps of one device, and by 3e-5 within twenty.
+    assert relative_difference(workers, one, 'batch_stats/') < 1e-4
     before = tensors(reference(*SYNCHRONISED, *ONE_THREAD), NUM_STEPS - 8)
+    assert relative_difference(tensors(tmp_path / 'run', NUM_STEPS - 8), before, 'batch_stats/') < 1e-5
     assert relative_difference(before, one, 'params/') > 1e-4  # what the last eight steps have done
     assert (tmp_path / 'run' / 'best').is_dir() and (tmp_path / 'run' / 'config.gin').is_file()
     for line, of_one in zip(metrics(tmp_path / 'run'), metrics(reference(*SYNCHRONISED, *ONE_THREAD)), strict=True):

@@ -13,7 +13,7 @@ TRAIN_TAGS = {'train/loss', 'train/top1', 'train/learning_rate', 'train/images_p
               'train/grad_norm'}
 EVAL_TAGS = {'eval/loss', 'eval/top1', 'eval/top5', 'eval/examples'}
 # Together with dropout, which is 0.2 in both, everything that could keep a state of its own.
-ONE_DEVICE = ('--gin_param=train.ema_decay=0.9',)
+ONE_DEVICE = ('--gin_param=train.ema_decay=0.9', '--gin_param=train.image_sizes=((0, 24), (1, 32))')
 REPLICAS = ("--gin_param=build_strategy.name='mirrored'", '--gin_param=build_strategy.num_devices=2')
 
 
@@ -127,6 +127,14 @@ def test_a_run_that_was_killed_equals_one_that_was_not(runs, interrupted):
     assert_equal_bits(workdir, runs['one_device'])
     assert_whole(workdir, ('eval', 'eval_ema'))
     assert reports(workdir) == reports(runs['one_device'])
+
+
+def test_image_sizes_are_those_of_their_epochs(runs, tmp_path, start_run):
+    """24 pixels for the 5.25 steps of the first epoch, as if the size had been changed by hand."""
+    ema = ONE_DEVICE[0]
+    finish(start_run(tmp_path, ema, '--gin_param=train_dataset.image_size=24', '--gin_param=train.max_steps=5'))
+    finish(start_run(tmp_path, ema, '--gin_param=train.allow_config_change=True'))
+    assert_equal_bits(tmp_path, runs['one_device'])
 
 
 def test_the_command_of_a_finished_run_says_so_and_changes_nothing(runs, start_run, snapshot):

@@ -95,7 +95,7 @@ class Trainer:
 
 def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALIZE, precision='float32',
           ema_decay=None, jit=False, sync_batch_norm=False, clip_norm=None, adaptive_clip=None, accumulate=1,
-          optimizer=sgd):
+          optimizer=sgd, all_reduce_dtype='float32'):
     # Strategies of one process use the same keys for their collectives, and fail where these differ in size.
     # TensorFlow's own tests keep them apart in this way; moved on behind it too, for whatever test comes next.
     tf.distribute.MirroredStrategy._collective_key_base += 100_000
@@ -111,7 +111,8 @@ def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALI
     loop = make_train_loop(strategy, model, state, normalize=normalize, update_fn=update,
                            schedule=lambda step: tf.constant(0.1), global_batch_size=rows, seed=0,
                            accumulate=accumulate, label_smoothing=LABEL_SMOOTHING, clip_norm=clip_norm,
-                           adaptive_clip=adaptive_clip, ema_decay=ema_decay, sync_batch_norm=sync_batch_norm, jit=jit)
+                           adaptive_clip=adaptive_clip, ema_decay=ema_decay, sync_batch_norm=sync_batch_norm,
+                           all_reduce_dtype=all_reduce_dtype, jit=jit)
     return Trainer(strategy, model, state, loop)
 
 

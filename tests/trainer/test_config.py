@@ -349,7 +349,8 @@ LEFT_OUT = {'train.max_steps': '5', 'train.steps_per_loop': '5', 'train.jit': 'T
             'evaluate.checkpoint': "'best'", 'evaluate.weights': "'ema'"}
 TAKEN_IN = {'train.seed': '1', 'train.epochs': '90', 'train.global_batch_size': '64', 'train.label_smoothing': '0.2',
             'train.clip_norm': '1.0', 'train.adaptive_clip': '0.01', 'train.ema_decay': '0.999',
-            'train.precision': "'mixed_bfloat16'", 'train.sync_batch_norm': 'True', 'train.accumulate': '2',
+            'train.precision': "'mixed_bfloat16'", 'train.all_reduce_dtype': "'bfloat16'",
+            'train.sync_batch_norm': 'True', 'train.accumulate': '2', 'train.image_sizes': '((0, 32), (1.5, 64))',
             'ghostnet.width': '0.5', 'ghostnet.num_classes': '10',
             'ghostnet.dropout': '0.1', 'sgd.momentum': '0.8', 'sgd.nesterov': 'True', 'sgd.weight_decay': '0.0',
             'cosine.peak_rate': '0.1', 'cosine.warmup_epochs': '1', 'cosine.final_rate': '0.01',

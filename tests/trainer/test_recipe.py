@@ -18,7 +18,8 @@ WRONG_TRAIN = {
     'max_steps': ([0, -1, 1.5, '5', True], 'None or a positive integer'),
     'steps_per_loop': ([0, -1, 2.5, '5', None, True], 'a positive integer'),
     'jit': (['yes', 'Auto', None, 2], "'auto', True or False"),
-    'precision': (['float16', 'bfloat16', None, 16], "'float32', 'mixed_bfloat16' or 'mixed_float16'"),
+    'precision': (['float16', 'bfloat16', None, 16], "'float32', 'tf32', 'mixed_bfloat16' or 'mixed_float16'"),
+    'all_reduce_dtype': (['float16', 'half', None, 16], "'float32' or 'bfloat16'"),
     'label_smoothing': ([-0.1, 1, 1.0, '0.1', None, float('nan')], 'at least 0 and below 1'),
     'accumulate': ([0, -1, 2.0, '2', None, True], 'a positive integer'),
     'clip_norm': ([0, -1.0, '1', True], 'None or a positive number'),
@@ -28,6 +29,8 @@ WRONG_TRAIN = {
     'checkpoint_every_steps': ([0, -1, 1e3, '5', None, True], 'a positive integer'),
     'checkpoint_every_secs': ([-1, '60', True], 'None or seconds'),
     'keep_checkpoints': ([0, -1, 1.0, None, True], 'a positive integer'),
+    'image_sizes': ([(), 64, ((0, 64.0),), ((1, 64),), ((0, 32), (0, 64)), ((0, 32), (5, 64), (2, 96)), ((0, 0),),
+                     ((0,),), (0, 64), ((True, 64),)], 'None or pairs of an epoch and pixels'),
     'eval_every_epochs': ([0, -1, '1', None, True], 'a positive number'),
     'log_every_steps': ([0, -1, 1.0, None, True], 'a positive integer'),
     'step_timeout_secs': ([0, -1, '60', None, True, float('inf')], 'a positive number of seconds'),
@@ -87,10 +90,12 @@ def test_a_model_is_no_factory_of_models():
 @pytest.mark.parametrize(
     'right',
     [{'epochs': 1}, {'max_steps': 1}, {'jit': True}, {'jit': False}, {'jit': 'auto'}, {'precision': 'mixed_bfloat16'},
-     {'precision': 'mixed_float16'}, {'accumulate': 2}, {'accumulate': 1, 'sync_batch_norm': True},
+     {'precision': 'mixed_float16'}, {'precision': 'tf32'}, {'all_reduce_dtype': 'bfloat16'},
+     {'accumulate': 2}, {'accumulate': 1, 'sync_batch_norm': True},
      {'label_smoothing': 0}, {'label_smoothing': 0.999}, {'clip_norm': 1}, {'adaptive_clip': 0.01}, {'ema_decay': 0.0},
      {'ema_decay': 0.9999},
-     {'checkpoint_every_secs': 0}, {'checkpoint_every_secs': 0.5}, {'eval_every_epochs': 0.25}],
+     {'checkpoint_every_secs': 0}, {'checkpoint_every_secs': 0.5}, {'eval_every_epochs': 0.25},
+     {'image_sizes': ((0, 64),)}, {'image_sizes': ((0, 32), (2.5, 64))}],
 )
 def test_right_values_are_taken(right):
     assert dataclasses.asdict(Train(**{**RIGHT_TRAIN, **right})).items() >= right.items()

@@ -1,0 +1,74 @@
+"""One of the two pure functions of a step: forward_backward, from parameters and rows to gradients.
+
+Apart from step.py, which puts the two together, because this one knows the network and no replica: what has to be
+averaged over replicas inside of it comes as a function.
+"""
+import os
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from ghostnet.keyed import step_context
+from trainer.loss import smoothed_cross_entropy
+from trainer.metrics import SUMS, masked_sums
+
+Tensors = dict[str, tf.Tensor]
+
+
+def make_forward_backward(model: keras.Model, *, normalize: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int,
+                          label_smoothing: float, accumulate: int, parallel_parts: int,
+                          cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None,
+                          num_replicas: int) -> Callable[..., tuple[Tensors, Tensors, Tensors]]:
+    """Makes forward_backward(params, batch_stats, loss_scale, batch, keys) -> (grads, batch_stats, sums) of these rows.
+
+    Args:
+        model: used as a pure function of its variables, which are given.
+        normalize: uint8 images -> the floats that the model takes.
+        global_batch_size: of all replicas; the gradients are to be summed over replicas.
+        label_smoothing: in [0, 1).
+        accumulate: parts that the rows are worked off in, each with batch statistics of its own; then the statistics
+            are their sum.
+        parallel_parts: how many of them at a time.
+        cross_replica_mean: synchronises batch norm, see `ghostnet.keyed.step_context`. None: statistics of these rows.
+        num_replicas: how many replicas that averages.
+    """
+    def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(params)
+            with step_context(keys, cross_replica_mean, num_replicas):
+                logits, new_stats = model.stateless_call(list(params.values()), list(batch_stats.values()),
+                                                         normalize(batch['image']), training=True)
+            losses = smoothed_cross_entropy(logits, batch['label'], label_smoothing)
+            # Divided by the global batch here and summed over replicas later: the gradient of the global mean.
+            loss = tf.reduce_sum(batch['mask'] * losses) / global_batch_size
+            loss *= loss_scale.get('loss_scale', 1.0)
+        grads = tape.gradient(loss, params)
+        return grads, dict(zip(batch_stats, new_stats, strict=True)), masked_sums(logits, losses, batch['label'],
+                                                                                  batch['mask'])
+
+    def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors,
+                                  keys: tf.Tensor):
+        """The sums of forward_backward over `accumulate` equal parts of the rows, as if each were a replica's."""
+        parts = tf.nest.map_structure(lambda t: tf.reshape(t, [accumulate, -1, *t.shape[1:]]), (batch, keys))
+
+        def add_part(i: tf.Tensor, totals: Any):
+            part = tf.nest.map_structure(lambda t: t[i], parts)
+            return i + 1, tf.nest.map_structure(tf.add, totals, forward_backward(params, batch_stats, loss_scale,
+                                                                              *part))
+
+        zeros = tf.nest.map_structure(tf.zeros_like, (params, batch_stats, dict.fromkeys(SUMS, tf.constant(0.0))))
+        return tf.while_loop(lambda i, _: i < accumulate, add_part, (tf.constant(0), zeros),
+                             parallel_iterations=parallel_parts)[1]
+
+    return forward_backward if accumulate == 1 else forward_backward_in_parts
+
+
+def choose_parallel_parts(num_replicas: int, has_accelerator: bool) -> int:
+    """How many parts of a batch to work off at a time.
+
+    Parts need nothing of each other but the sum. One after the other they save memory; on the CPU, where most
+    operations are too small to be shared by threads, a part to each core is the fastest way through a batch.
+    """
+    return 1 if has_accelerator else max(1, len(os.sched_getaffinity(0)) // num_replicas)
