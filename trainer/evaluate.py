@@ -15,7 +15,7 @@ from trainer.step import distribute, make_eval_loop, make_normalize, use_jit
 
 def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, weights: str, *,
                   source: input_pipeline.Source, eval_dataset: Callable[..., tf.data.Dataset],
-                  global_batch_size: int, normalize: Callable[[tf.Tensor], tf.Tensor],
+                  global_batch_size: int, normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
                   jit: bool) -> Callable[[], dict[str, float]]:
     """Makes evaluate() -> {'loss', 'top1', 'top5', 'examples'}: mean loss in nats, fractions, and a count.
 
@@ -25,9 +25,10 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
         source: the examples.
         eval_dataset: input_pipeline's, with what the recipe binds.
         global_batch_size, normalize, jit: as in training.
+        flip: see `make_eval_loop`.
     """
     params, batch_stats = state.weights(weights)
-    eval_loop = make_eval_loop(strategy, model, params, batch_stats, normalize=normalize, jit=jit)
+    eval_loop = make_eval_loop(strategy, model, params, batch_stats, normalize=normalize, flip=flip, jit=jit)
     # Built here, so that arguments it refuses are known before anything is trained.
     batches = distribute(strategy, functools.partial(eval_dataset, source, global_batch_size=global_batch_size))
     num_examples = len(source)
@@ -71,7 +72,7 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
     evaluate = make_evaluate(
         strategy, model, state, which.weights, source=source, eval_dataset=eval_dataset,
         global_batch_size=settings.global_batch_size, normalize=make_normalize(data.pixel_mean, data.pixel_std),
-        jit=use_jit(settings.jit, strategy, settings.sync_batch_norm))
+        flip=settings.eval_flip, jit=use_jit(settings.jit, strategy, settings.sync_batch_norm))
     kind = 'eval' if which.weights == 'raw' else 'eval_ema'
     return {f'{kind}/{name}': value for name, value in evaluate().items()} | {
         'step': int(state.step.numpy()), 'checkpoint': str(path)}

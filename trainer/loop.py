@@ -89,7 +89,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     batches = batches_from(step)
     evaluators = {} if eval_source is None else {
         kind: make_evaluate(strategy, model, state, weights, source=eval_source, eval_dataset=eval_dataset,
-                            global_batch_size=rows, normalize=normalize, jit=jit)
+                            global_batch_size=rows, normalize=normalize, flip=settings.eval_flip, jit=jit)
         for kind, weights in [('eval', 'raw')] + [('eval_ema', 'ema')] * (settings.ema_decay is not None)}
 
     # ---- The run ----

@@ -189,13 +189,18 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
 
 def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: dict[str, tf.Variable],
-                   batch_stats: dict[str, tf.Variable], *, normalize: Callable[[tf.Tensor], tf.Tensor],
+                   batch_stats: dict[str, tf.Variable], *, normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
                    jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
-    """Makes eval_loop(iterator, num_batches) -> sums over the unmasked rows: 'examples', 'loss', 'top1', 'top5'."""
+    """Makes eval_loop(iterator, num_batches) -> sums over the unmasked rows: 'examples', 'loss', 'top1', 'top5'.
+
+    With `flip` logits are the mean of those of an image and of its mirror image.
+    """
 
     def forward(params: Tensors, batch_stats: Tensors, batch: Tensors) -> Tensors:
-        logits, _ = model.stateless_call(list(params.values()), list(batch_stats.values()),
-                                         normalize(batch['image']), training=False)
+        images = normalize(batch['image'])
+        views = [images, tf.reverse(images, [2])] if flip else [images]
+        logits = sum(model.stateless_call(list(params.values()), list(batch_stats.values()), view, training=False)[0]
+                     for view in views) / len(views)
         losses = smoothed_cross_entropy(logits, batch['label'])
         return masked_sums(logits, losses, batch['label'], batch['mask'])
 

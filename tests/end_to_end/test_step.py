@@ -174,6 +174,17 @@ def test_replicas_with_synchronised_batch_norm_compute_what_one_computes(network
     assert_same_step(network, num_replicas, sync_batch_norm=True)
 
 
+def test_gradients_that_are_summed_in_bfloat16_are_rounded_and_the_same_everywhere():
+    exact, _, _ = one_step(small_network, 2)
+    rounded, _, sums = one_step(small_network, 2, all_reduce_dtype='bfloat16')
+    # 8 bits: each addend and the sum are off by up to 2**-9 of themselves.
+    assert 1e-4 < relative_difference(rounded.gradient(), exact.gradient()) < 2**-8
+    assert sums['examples'] == ROWS
+    assert_same_bits(rounded.values('batch_stats/'), exact.values('batch_stats/'))
+    for name, values in replica_values(rounded).items():
+        np.testing.assert_array_equal(values[0], values[1], err_msg=name)
+
+
 @functools.cache
 def inference(network):
     return functools.partial(in_inference_mode, network)
@@ -241,20 +252,22 @@ def test_four_parts_compute_what_four_replicas_compute(num_replicas, options):
         assert sums[name] == pytest.approx(sums_replicas[name], rel=1e-5)
 
 
-@pytest.mark.parametrize('num_replicas', [1, 2, 4])
-def test_evaluation_counts_each_example_once(num_replicas):
+@pytest.mark.parametrize(('num_replicas', 'flip'), [(1, True), (2, False), (4, False)])
+def test_evaluation_counts_each_example_once(num_replicas, flip):
     trainer = build(num_replicas=num_replicas)
     batches = [make_batch(1), make_batch(2)]
     batches[1]['mask'][5:] = 0
     batches[1]['image'][5:], batches[1]['label'][5:] = 0, 0
     loop = make_eval_loop(trainer.strategy, trainer.model, *trainer.state.weights('raw'), normalize=NORMALIZE,
-                          jit=False)
+                          flip=flip, jit=False)
     iterator = iter(distribute(trainer.strategy, lambda **shard: tf.data.Dataset.from_tensor_slices(
         {key: np.stack([batch[key] for batch in batches]) for key in batches[0]})))
     sums = {name: float(value) for name, value in loop(iterator, tf.constant(2)).items()}
     images = np.concatenate([batches[0]['image'], batches[1]['image'][:5]])
     labels = np.concatenate([batches[0]['label'], batches[1]['label'][:5]])
     logits = trainer.model(NORMALIZE(images), training=False)
+    if flip:
+        logits = (logits + trainer.model(NORMALIZE(images[:, :, ::-1]), training=False)) / 2
     assert sums['examples'] == ROWS + 5
     assert sums['loss'] == pytest.approx(float(tf.reduce_sum(
         keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True))), rel=1e-5)
