@@ -6,6 +6,7 @@ hangs; anything else is a crash. The same command resumes. stdout carries result
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ flags.DEFINE_alias('gin_bindings', 'gin_param')
 flags.DEFINE_string('workdir', None, 'Where the run lives. Default: runs/<last gin file that is not in hardware/>.')
 flags.DEFINE_string('data_dir', None, "Where the data is. Default: the recipe's, TFDS_DATA_DIR, ~/tensorflow_datasets.")
 flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train: train, evaluate and resume; eval: evaluate a checkpoint.')
+flags.DEFINE_list('workers', [], 'host:port of every worker, where neither TF_CONFIG nor SLURM names them.')
+flags.DEFINE_integer('worker_index', None, 'Which of --workers this process is, from 0.')
 
 
 def main(argv: list[str]) -> int:
@@ -55,6 +58,8 @@ def _run() -> None:
     config = config_module.load(_FLAGS.gin_file, _FLAGS.gin_param)
     workdir = Path(_FLAGS.workdir or _default_workdir(_FLAGS.gin_file)).expanduser()
     logging.info('workdir %s', workdir)
+    if _FLAGS.workers or _FLAGS.worker_index is not None:
+        _describe_cluster(_FLAGS.workers, _FLAGS.worker_index)
     strategy = config.build_strategy()
     try:
         _run_mode(config, strategy, workdir)
@@ -63,6 +68,18 @@ def _run() -> None:
         if reason:
             leave(reason)
         raise
+
+
+def _describe_cluster(workers: list[str], index: int | None) -> None:
+    """Sets TF_CONFIG, where TensorFlow's own servers look too."""
+    from trainer.recipe import ConfigError, require
+    if os.environ.get('TF_CONFIG'):
+        raise ConfigError('TF_CONFIG is set and --workers is given: take one of them away')
+    require(all(re.fullmatch(r'[^:\s]+:\d+', worker) for worker in workers), '--workers', ','.join(workers),
+            'as alpha:2222,beta:2222')
+    require(index is not None and 0 <= index < len(workers), '--worker_index', index,
+            f'in 0..{len(workers) - 1}' if workers else 'left out without --workers')
+    os.environ['TF_CONFIG'] = json.dumps({'cluster': {'worker': workers}, 'task': {'type': 'worker', 'index': index}})
 
 
 def _run_mode(config, strategy, workdir: Path) -> None:

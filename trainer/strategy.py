@@ -113,7 +113,7 @@ def _build_multi_worker_strategy(num_gpus: int, timeout_secs: float) -> tf.distr
     resolver = _find_cluster()
     if resolver is None:
         raise ConfigError("build_strategy.name is 'multi_worker', but neither TF_CONFIG nor SLURM names more than one "
-                          'worker: start it with launch/multi_worker.sh or launch/slurm.sbatch')
+                          'worker: start it with launch/multi_worker.sh or launch/slurm.sbatch, or take --workers')
     implementation = tf.distribute.experimental.CommunicationImplementation
     strategy = tf.distribute.MultiWorkerMirroredStrategy(
         cluster_resolver=resolver, communication_options=tf.distribute.experimental.CommunicationOptions(

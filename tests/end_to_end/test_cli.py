@@ -78,6 +78,9 @@ def assert_refused(result, *words):
     ("--gin_param=build_strategy.name='mirorred'", ['mirorred', 'mirrored']),
     ("--gin_param=data.name='foldre'", ['foldre', 'folder']),
     ("--gin_param=data.eval_split='test'", ['test', 'train, validation']),
+    ('--workers=alpha,beta', ['--workers', 'alpha,beta', 'alpha:2222']),
+    ('--workers=alpha:1,beta:1', ['--worker_index', 'None', '0..1']),
+    ('--worker_index=0', ['--worker_index', '0', '--workers']),
     ('--gin_param=eval_dataset.resize=16', ['eval_dataset', '16', '32']),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_mistakes_end_in_one_line_and_touch_nothing(command, tmp_path, folder, recipe, flag, words):

@@ -41,9 +41,9 @@ def start_workers(start, recipe, folder, tmp_path):
         for each in sockets:
             each.close()
         for index, workdir in enumerate(workdirs):
-            cluster = json.dumps({'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': index}})
             started.append(start(f'--gin_file={recipe}', '--gin_file=gin/hardware/multi_worker.gin', *SETTINGS,
-                                 f'--data_dir={folder}', f'--workdir={workdir}', *flags, TF_CONFIG=cluster))
+                                 f'--data_dir={folder}', f'--workdir={workdir}', f'--workers={",".join(addresses)}',
+                                 f'--worker_index={index}', *flags))
         return started[-2:]
 
     yield start_
