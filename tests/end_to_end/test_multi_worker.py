@@ -10,12 +10,16 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_STEPS, ROWS = 20, 64
 # Twenty steps of 64 out of the 42 examples of conftest's folder: batches that straddle epochs.
 SETTINGS = ('--gin_param=train.epochs=31', f'--gin_param=train.global_batch_size={ROWS}',
@@ -183,3 +187,30 @@ def test_workers_that_do_not_share_the_workdir_are_refused(start_workers, run, r
     assert other_code == 2 and code == 75
     assert 'finds no checkpoint in' in stderr and 'worker 0 step 4' in stderr and 'all workers share' in stderr
     assert not (tmp_path / 'b').exists()
+
+
+@long_test
+def test_the_launcher_starts_real_workers_and_again_after_one_was_killed(reference, recipe, folder, tmp_path):
+    """Until all is done, with the weights of two replicas that nobody disturbed."""
+    flags = (*SYNCHRONISED, *ONE_THREAD)
+    workdir, venv = tmp_path / 'run', tmp_path / 'venv'
+    (venv / 'bin').mkdir(parents=True)
+    (venv / 'bin/python').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (venv / 'bin/python').chmod(0o755)
+    environment = {**os.environ, 'VENV': str(venv)}
+    mark_installed = 'source launch/environment.sh; fingerprint >"$(stamp "")"'
+    subprocess.run(['bash', '-c', mark_installed], cwd=REPOSITORY, env=environment, check=True)
+    launcher = subprocess.Popen(
+        ['launch/multi_worker.sh', '--workers=2', '--pause_secs=1', '--', f'--gin_file={recipe}',
+         '--gin_file=gin/hardware/multi_worker.gin', *SETTINGS, *flags, f'--data_dir={folder}', f'--workdir={workdir}',
+         f'--gin_param=build_strategy.timeout_secs={TIMEOUT_SECS}'],
+        cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(workdir, [launcher])
+    workers = subprocess.run(['pgrep', '-f', f'trainer.main.*--workdir={workdir}'], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    stderr = launcher.communicate(timeout=400)[1]
+    assert launcher.returncode == 0, stderr
+    assert 'resuming from' in stderr
+    resumed, whole = tensors(workdir), tensors(reference(*flags, *MIRRORED))
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name], whole[name], err_msg=name)
