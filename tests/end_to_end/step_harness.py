@@ -153,7 +153,7 @@ def one_step(network, num_replicas=1, **options):
 
 
 def assert_same_step(network, num_replicas, **options):
-    one, before_one, sums_one = one_step(network)
+    one, before_one, sums_one = one_step(network, sync_batch_norm=options.get('sync_batch_norm', False))
     some, before, sums = one_step(network, num_replicas, **options)
     assert_same_bits(before, before_one)
     assert np.linalg.norm(one.gradient()) > 0.1

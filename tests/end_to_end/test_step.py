@@ -31,6 +31,16 @@ def test_replicas_with_synchronised_batch_norm_compute_what_one_computes(network
     assert_same_step(network, num_replicas, sync_batch_norm=True)
 
 
+@pytest.mark.parametrize('network', [small_network, whole_network])
+def test_synchronised_batch_norm_computes_what_the_fused_kernel_computes(network):
+    """As near as that kernel's sums of all rows allow."""
+    fused, _, sums_fused = one_step(network)
+    synchronised, _, sums = one_step(network, sync_batch_norm=True)
+    assert relative_difference(synchronised.gradient(), fused.gradient()) < 1e-4
+    assert relative_difference(vector(synchronised.values('batch_stats/')), vector(fused.values('batch_stats/'))) < 1e-5
+    assert sums['loss'] == pytest.approx(sums_fused['loss'], rel=1e-5)
+
+
 def test_gradients_that_are_summed_in_bfloat16_are_rounded_and_the_same_everywhere():
     exact, _, _ = one_step(small_network, 2)
     rounded, _, sums = one_step(small_network, 2, all_reduce_dtype='bfloat16')
