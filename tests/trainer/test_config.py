@@ -328,7 +328,7 @@ def test_a_value_without_default_must_be_bound(name):
     [
         ('train.epochs=0', 'train.epochs is 0; it must be a positive number'),
         ("train.precision='float16'",
-         "train.precision is 'float16'; it must be 'float32', 'mixed_bfloat16' or 'mixed_float16'"),
+         "train.precision is 'float16'; it must be 'float32', 'tf32', 'mixed_bfloat16' or 'mixed_float16'"),
         ('train.optimizer=@sgd()', 'train.optimizer is '),
         ('data.pixel_std=(58, 57, 57)', 'data.pixel_std is (58, 57, 57); '),
         ("evaluate.weights='best'", "evaluate.weights is 'best'; "),
