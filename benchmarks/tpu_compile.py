@@ -23,6 +23,7 @@ from jax._src.interpreters import mlir as jax_mlir
 from jax.experimental import topologies
 from jaxlib import _jax, xla_client
 from jaxlib.mlir import ir
+from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_all_reduce  # no public name for it
 
 from ghostnet import ghostnet
 from trainer import optimizer, schedule
@@ -45,16 +46,16 @@ def lower_step(rows: int, num_replicas: int, image_size: int, width: float, prec
         ema_decay=None, sync_batch_norm=False, all_reduce_dtype='float32', jit=False)
 
     def all_reduce(tensor: tf.Tensor) -> tf.Tensor:
-        return tf.raw_ops.XlaAllReduce(input=tensor, group_assignment=[list(range(num_replicas))], reduce_op='Add',
-                                       mode='CrossReplica')
+        return xla_all_reduce(tensor, [list(range(num_replicas))], 'Add', 'CrossReplica')
 
     @tf.function(jit_compile=True, autograph=False)
-    def replica_step(values: Values, batch: dict[str, tf.Tensor], step_number: tf.Tensor):
-        return step(values, batch, step_number, tf.raw_ops.XlaReplicaId(), all_reduce)
+    def replica_step(values: Values, batch: dict[str, tf.Tensor], step_number: tf.Tensor, replica_id: tf.Tensor):
+        return step(values, batch, step_number, replica_id, all_reduce)
 
     batch = {'image': tf.zeros([rows, image_size, image_size, 3], tf.uint8), 'label': tf.zeros([rows], tf.int32),
              'index': tf.zeros([rows], tf.int64), 'mask': tf.ones([rows])}
-    return replica_step.experimental_get_compiler_ir(values, batch, tf.constant(0, tf.int64))(stage='hlo_serialized')
+    return replica_step.experimental_get_compiler_ir(values, batch, tf.constant(0, tf.int64), tf.constant(0))(
+        stage='hlo_serialized')
 
 
 def compile_for_tpu(hlo: bytes, num_replicas: int, topology: str):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(image_size: int, global_batch_size: int, *, num_steps: int, width: float = 1.0, accumulate: int = 1,
-            **strategy_settings) -> float:
+            all_reduce_dtype: str = 'float32', **strategy_settings) -> float:
     """Images a second over all workers: the median of five loops of `num_steps` steps, after two steps to warm up."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     sys.path.insert(0, str(ROOT))
@@ -43,7 +43,7 @@ def measure(image_size: int, global_batch_size: int, *, num_steps: int, width: f
         strategy, model, state, normalize=make_normalize((0.5,) * 3, (0.25,) * 3), update_fn=update,
         schedule=schedule.cosine(0.1, num_steps=10_000), global_batch_size=global_batch_size, seed=0,
         accumulate=accumulate, label_smoothing=0.1, clip_norm=None, adaptive_clip=None, ema_decay=None,
-        sync_batch_norm=False, all_reduce_dtype='float32', jit=False)
+        sync_batch_norm=False, all_reduce_dtype=all_reduce_dtype, jit=False)
 
     def make_dataset(shard: int, num_shards: int) -> tf.data.Dataset:
         rows, rng = global_batch_size // num_shards, np.random.default_rng(shard)

@@ -16,9 +16,11 @@ from train_step import measure_in_process, result_of
 CASES = {'224 px, batch 32 a worker': (224, 32, 4), '128 px, batch 16 a worker': (128, 16, 8)}
 
 
-def images_per_sec(num_workers: int, image_size: int, rows: int, num_steps: int, cores: list[str]) -> float:
+def images_per_sec(num_workers: int, image_size: int, rows: int, num_steps: int, cores: list[str],
+                   all_reduce_dtype: str) -> float:
     """Of all workers together."""
-    settings = {'image_size': image_size, 'global_batch_size': num_workers * rows, 'num_steps': num_steps}
+    settings = {'image_size': image_size, 'global_batch_size': num_workers * rows, 'num_steps': num_steps,
+                'all_reduce_dtype': all_reduce_dtype}
     if num_workers == 1:
         return result_of(measure_in_process(settings | {'name': 'one_device'}, cores=cores[0]))
     sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(num_workers)]
@@ -34,14 +36,15 @@ def main() -> None:
     """Reads the flags, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--all_reduce_dtype', default='float32', choices=['float32', 'bfloat16'])
     flags = parser.parse_args()
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-    report = {'num_cores': len(cores), 'repeats': flags.repeats}
+    report = {'num_cores': len(cores), **vars(flags)}
     for case, (image_size, rows, num_steps) in CASES.items():
         one, two = [], []
         for _ in range(flags.repeats):
-            one.append(images_per_sec(1, image_size, rows, num_steps, cores))
-            two.append(images_per_sec(2, image_size, rows, num_steps, cores))
+            one.append(images_per_sec(1, image_size, rows, num_steps, cores, flags.all_reduce_dtype))
+            two.append(images_per_sec(2, image_size, rows, num_steps, cores, flags.all_reduce_dtype))
         ratios = [b / (2 * a) for a, b in zip(one, two)]
         report[case] = {'one': [round(rate, 1) for rate in one], 'two': [round(rate, 1) for rate in two],
                         'efficiency': round(statistics.median(ratios), 3)}

@@ -18,6 +18,7 @@ class StepContext(NamedTuple):
     row_keys: tf.Tensor | None = None  # uint32 [B]: one key for each row, see `row_keys`
     cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None  # synchronises batch norm
     num_replicas: int = 1
+    momentum: float | None = None  # of batch norm's moving statistics, instead of the layers' own
 
 
 _OUTSIDE = StepContext()
@@ -32,7 +33,7 @@ def current_step() -> StepContext:
 @contextlib.contextmanager
 def step_context(row_keys: tf.Tensor | None = None,
                  cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None,
-                 num_replicas: int = 1) -> Iterator[None]:
+                 num_replicas: int = 1, momentum: float | None = None) -> Iterator[None]:
     """Gives the layers called inside what depends on the step.
 
     Args:
@@ -40,8 +41,9 @@ def step_context(row_keys: tf.Tensor | None = None,
         cross_replica_mean: float32 tensor -> its mean over replicas, differentiable. None: batch norm takes the
             statistics of this replica's rows only.
         num_replicas: how many replicas `cross_replica_mean` averages.
+        momentum: how much of its moving statistics batch norm keeps; 0 leaves those of the batch. None: its own.
     """
-    token = _context.set(StepContext(row_keys, cross_replica_mean, num_replicas))
+    token = _context.set(StepContext(row_keys, cross_replica_mean, num_replicas, momentum))
     try:
         yield
     finally:

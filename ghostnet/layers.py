@@ -45,8 +45,9 @@ class BatchNorm(keras.layers.Layer):
             y, mean, variance = self._fused(x, tf.constant([]), tf.constant([]), is_training=True)
         else:
             y, mean, variance = self._synchronised(x, step)
+        momentum = self.momentum if step.momentum is None else step.momentum
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(self.momentum * tf.convert_to_tensor(moving) + (1 - self.momentum) * batch)
+            moving.assign(momentum * tf.convert_to_tensor(moving) + (1 - momentum) * batch)
         return y
 
     def _fused(self, x, mean, variance, *, is_training):

@@ -1,6 +1,6 @@
 """Evaluation: each example of a split counted exactly once, with raw or averaged weights."""
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import keras
@@ -10,13 +10,14 @@ import input_pipeline
 from trainer import checkpoint
 from trainer.recipe import ConfigError, Data, Evaluate, Train
 from trainer.state import TrainState, build_model_and_state
-from trainer.step import distribute, make_eval_loop, make_normalize, use_jit
+from trainer.step import distribute, make_estimate_loop, make_eval_loop, make_normalize, use_jit
 
 
 def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, weights: str, *,
                   source: input_pipeline.Source, eval_dataset: Callable[..., tf.data.Dataset],
                   global_batch_size: int, normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
-                  jit: bool) -> Callable[[], dict[str, float]]:
+                  jit: bool, precise_batches: int,
+                  open_train_batches: Callable[[], Iterator]) -> Callable[[], dict[str, float]]:
     """Makes evaluate() -> {'loss', 'top1', 'top5', 'examples'}: mean loss in nats, fractions, and a count.
 
     Args:
@@ -26,8 +27,14 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
         eval_dataset: input_pipeline's, with what the recipe binds.
         global_batch_size, normalize, jit: as in training.
         flip: see `make_eval_loop`.
+        precise_batches: how many batches of `open_train_batches()` batch statistics are taken from, for the evaluation
+            alone; 0: the moving statistics are.
     """
     params, batch_stats = state.weights(weights)
+    if precise_batches:
+        with strategy.scope():
+            batch_stats = {path: tf.Variable(value, trainable=False) for path, value in batch_stats.items()}
+        estimate_loop = make_estimate_loop(strategy, model, params, batch_stats, normalize=normalize, jit=jit)
     eval_loop = make_eval_loop(strategy, model, params, batch_stats, normalize=normalize, flip=flip, jit=jit)
     # Built here, so that arguments it refuses are known before anything is trained.
     batches = distribute(strategy, functools.partial(eval_dataset, source, global_batch_size=global_batch_size))
@@ -38,6 +45,8 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
     eval_loop(iter(batches), tf.constant(0))
 
     def evaluate() -> dict[str, float]:
+        if precise_batches:
+            estimate_loop(open_train_batches(), tf.constant(precise_batches))
         sums = eval_loop(iter(batches), tf.constant(num_batches))
         sums = {name: float(value) for name, value in sums.items()}
         if round(sums['examples']) != num_examples:
@@ -56,7 +65,8 @@ def _undecodable(source: input_pipeline.Source, count: int) -> ConfigError:
 
 
 def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strategy: tf.distribute.Strategy,
-                        source: input_pipeline.Source, eval_dataset: Callable[..., tf.data.Dataset],
+                        eval_source: input_pipeline.Source, train_source: input_pipeline.Source | None,
+                        train_dataset: Callable[..., tf.data.Dataset], eval_dataset: Callable[..., tf.data.Dataset],
                         workdir: Path) -> dict[str, float]:
     """--mode=eval: 'eval/loss', 'eval/top1', 'eval/top5', 'eval/examples' ('eval_ema/...' for averaged weights), 'step'
     and 'checkpoint'. Changes nothing in the workdir.
@@ -67,12 +77,20 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
     path = _find_checkpoint(workdir, which.checkpoint)
     if which.weights == 'ema' and settings.ema_decay is None:
         raise ConfigError("evaluate.weights is 'ema', but train.ema_decay is None: the run keeps no average")
-    model, state, _ = build_model_and_state(settings, strategy, source.num_classes)
+    model, state, _ = build_model_and_state(settings, strategy, eval_source.num_classes)
     state.restore(checkpoint.load(path, state.variables()))
+    def open_train_batches():
+        rows = settings.global_batch_size
+        size = settings.image_size_at(int(state.step.numpy()), len(train_source) / rows)
+        return iter(distribute(strategy, functools.partial(
+            train_dataset, train_source, global_batch_size=rows, seed=settings.seed,
+            start_position=int(state.position.numpy()), **size)))
+
     evaluate = make_evaluate(
-        strategy, model, state, which.weights, source=source, eval_dataset=eval_dataset,
+        strategy, model, state, which.weights, source=eval_source, eval_dataset=eval_dataset,
         global_batch_size=settings.global_batch_size, normalize=make_normalize(data.pixel_mean, data.pixel_std),
-        flip=settings.eval_flip, jit=use_jit(settings.jit, strategy, settings.sync_batch_norm))
+        flip=settings.eval_flip, jit=use_jit(settings.jit, strategy, settings.sync_batch_norm),
+        precise_batches=settings.eval_precise_batch_norm, open_train_batches=open_train_batches)
     kind = 'eval' if which.weights == 'raw' else 'eval_ema'
     return {f'{kind}/{name}': value for name, value in evaluate().items()} | {
         'step': int(state.step.numpy()), 'checkpoint': str(path)}

@@ -77,19 +77,19 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         seed=settings.seed, accumulate=settings.accumulate, label_smoothing=settings.label_smoothing,
         clip_norm=settings.clip_norm, adaptive_clip=settings.adaptive_clip, ema_decay=settings.ema_decay,
         sync_batch_norm=settings.sync_batch_norm, all_reduce_dtype=settings.all_reduce_dtype, jit=jit)
-    sizes = {round(epoch * steps_per_epoch): size for epoch, size in settings.image_sizes or ()}  # from a step on
+    resizes = {round(epoch * steps_per_epoch) for epoch, _ in settings.image_sizes or ()}
 
     def batches_from(step: int) -> Iterator:
-        in_force = [first for first in sizes if first <= step]
-        size = {'image_size': sizes[max(in_force)]} if in_force else {}
         return iter(distribute(strategy, functools.partial(
             train_dataset, train_source, global_batch_size=rows, seed=settings.seed,
-            start_position=int(state.position.numpy()), **size)))
+            start_position=int(state.position.numpy()), **settings.image_size_at(step, steps_per_epoch))))
 
     batches = batches_from(step)
     evaluators = {} if eval_source is None else {
         kind: make_evaluate(strategy, model, state, weights, source=eval_source, eval_dataset=eval_dataset,
-                            global_batch_size=rows, normalize=normalize, flip=settings.eval_flip, jit=jit)
+                            global_batch_size=rows, normalize=normalize, flip=settings.eval_flip, jit=jit,
+                            precise_batches=settings.eval_precise_batch_norm,
+                            open_train_batches=lambda: batches_from(step))
         for kind, weights in [('eval', 'raw')] + [('eval_ema', 'ema')] * (settings.ema_decay is not None)}
 
     # ---- The run ----
@@ -106,7 +106,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             next_eval = _next_multiple(step, eval_every_steps) if evaluators else last_step
             until = min(step + settings.steps_per_loop, _next_multiple(step, settings.log_every_steps),
                         _next_multiple(step, settings.checkpoint_every_steps), next_eval, last_step,
-                        *(first for first in sizes if first > step))
+                        *(first for first in resizes if first > step))
             started = time.perf_counter()
             sums = train_loop(batches, tf.constant(until - step))
             sums = {name: float(value) for name, value in sums.items()}  # the one place where the host waits
@@ -116,7 +116,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
                 raise _undecodable(train_source, settings.seed, end=int(state.position.numpy()),
                                    count=(until - step) * rows)
             step = until
-            if step in sizes:
+            if step in resizes:
                 batches = batches_from(step)  # the loop is traced again, once a size
 
             is_last, is_eval = step == last_step, evaluators and step == next_eval or step == last_step

@@ -87,10 +87,15 @@ def _run_mode(config, strategy, workdir: Path) -> None:
     from trainer import config as config_module
     name, data_dir, prepare = _find_data(config.data)
     eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
-    common = {'strategy': strategy, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
-    if _FLAGS.mode == 'eval':
+    is_eval = _FLAGS.mode == 'eval'
+    train_source = None
+    if not is_eval or config.train.eval_precise_batch_norm:
+        train_source = input_pipeline.open_source(name, data_dir, config.data.train_split)
+    common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset,
+              'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
+    if is_eval:
         from trainer.evaluate import evaluate_checkpoint
-        print(json.dumps(evaluate_checkpoint(config.train, config.data, config.evaluate, source=eval_source, **common)))
+        print(json.dumps(evaluate_checkpoint(config.train, config.data, config.evaluate, **common)))
         return
     from trainer.loop import train
 
@@ -99,9 +104,7 @@ def _run_mode(config, strategy, workdir: Path) -> None:
         (workdir / 'config.gin').write_text(config.text)
         (workdir / 'operative_config.gin').write_text(config_module.operative_text())
 
-    train_source = input_pipeline.open_source(name, data_dir, config.data.train_split)
-    train(config.train, config.data, train_source=train_source, eval_source=eval_source,
-          train_dataset=config.train_dataset, fingerprint={**config.fingerprint, 'data.name': repr(name)},
+    train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
           write_config=write_config, **common)
 
 

@@ -63,6 +63,7 @@ class Train:
     image_sizes: tuple[tuple[float, int], ...] | None = None  # (from epoch, pixels): smaller images first are faster
     eval_every_epochs: float = 1
     eval_flip: bool = False  # logits are the mean of those of an image and of its mirror image: twice the time
+    eval_precise_batch_norm: int = 0  # training batches to take statistics from before each evaluation; 0: the moving
     log_every_steps: int = 100
     step_timeout_secs: float = 3600.0  # ends the process with code 75 if no loop of steps returns for that long
     allow_config_change: bool = False  # resume although the recipe differs from the checkpoint's
@@ -102,10 +103,18 @@ class Train:
                 self.eval_every_epochs, 'a positive number')
         require(self.image_sizes is None or _are_stages(self.image_sizes), 'train.image_sizes', self.image_sizes,
                 'None or pairs of an epoch and pixels as ((0, 128), (10.5, 224)), epochs rising from 0')
+        require(_is_integer(self.eval_precise_batch_norm, 0), 'train.eval_precise_batch_norm',
+                self.eval_precise_batch_norm, 'a number of batches, or 0')
         for name in ('sync_batch_norm', 'eval_flip', 'allow_config_change'):
             require(isinstance(getattr(self, name), bool), f'train.{name}', getattr(self, name), 'True or False')
         require(not (self.sync_batch_norm and self.accumulate > 1), 'train.accumulate', self.accumulate,
                 '1 with train.sync_batch_norm, which takes statistics of the whole global batch at once')
+
+
+    def image_size_at(self, step: int, steps_per_epoch: float) -> dict[str, int]:
+        """{'image_size': pixels} from image_sizes, or nothing: then train_dataset's own counts."""
+        sizes = [size for epoch, size in self.image_sizes or () if round(epoch * steps_per_epoch) <= step]
+        return {'image_size': sizes[-1]} if sizes else {}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from ghostnet.keyed import row_keys
+from ghostnet.keyed import row_keys, step_context
 from trainer.gradient import choose_parallel_parts, make_forward_backward
 from trainer.loss import smoothed_cross_entropy
 from trainer.metrics import SUMS, masked_sums
@@ -186,6 +186,48 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
         return dict(zip(names, tf.unstack(totals), strict=True)) | {'data_wait_secs': waited}
 
     return train_loop
+
+
+def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: dict[str, tf.Variable],
+                       batch_stats: dict[str, tf.Variable], *, normalize: Callable[[tf.Tensor], tf.Tensor],
+                       jit: bool) -> Callable[[Iterator, tf.Tensor], None]:
+    """Makes estimate_loop(iterator, num_batches), which assigns statistics of these training batches to batch_stats.
+
+    The variance is that of all rows: the mean of the batches' variances and the variance of their means. Source: Wu and
+    Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
+    """
+    shapes = [v.shape for v in batch_stats.values()]
+    sizes = [shape.num_elements() for shape in shapes]
+    is_mean = tf.repeat([path.endswith('moving_mean') for path in batch_stats], sizes)
+
+    def forward(params: Tensors, batch_stats: Tensors, batch: Tensors) -> tf.Tensor:
+        with step_context(momentum=0.0):
+            _, stats = model.stateless_call(list(params.values()), list(batch_stats.values()),
+                                            normalize(batch['image']), training=True)
+        packed = tf.concat([tf.reshape(s, [-1]) for s in stats], axis=0)
+        return tf.stack([packed, tf.where(is_mean, tf.square(packed), 0.0)])
+
+    if jit:
+        forward = tf.function(forward, jit_compile=True, autograph=False)
+
+    def replica_step(batch: Tensors) -> tf.Tensor:
+        return forward(*tf.nest.map_structure(tf.convert_to_tensor, (params, batch_stats)), batch)
+
+    @tf.function
+    def estimate_loop(iterator, num_batches):
+        totals = tf.zeros([2, sum(sizes)], tf.float64)
+        for _ in tf.range(num_batches):
+            totals += tf.cast(strategy.reduce('MEAN', strategy.run(replica_step, args=(next(iterator),)), axis=None),
+                              tf.float64)
+        means, squares = tf.unstack(totals / tf.cast(num_batches, tf.float64))
+        spread = tf.split(tf.cast(squares - tf.square(means), tf.float32), sizes)  # of the means, where they are
+        of_mean = {path.removesuffix('moving_mean'): s for path, s in zip(batch_stats, spread, strict=True)
+                   if path.endswith('moving_mean')}
+        for (path, variable), value in zip(batch_stats.items(), tf.split(tf.cast(means, tf.float32), sizes)):
+            own = 0.0 if path.endswith('moving_mean') else of_mean[path.removesuffix('moving_variance')]
+            variable.assign(value + own)
+
+    return estimate_loop
 
 
 def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: dict[str, tf.Variable],

@@ -33,6 +33,7 @@ WRONG_TRAIN = {
                      ((0,),), (0, 64), ((True, 64),)], 'None or pairs of an epoch and pixels'),
     'eval_every_epochs': ([0, -1, '1', None, True], 'a positive number'),
     'eval_flip': ([0, 1, 'True', None], 'True or False'),
+    'eval_precise_batch_norm': ([-1, 1.0, '5', None, True], 'a number of batches, or 0'),
     'log_every_steps': ([0, -1, 1.0, None, True], 'a positive integer'),
     'step_timeout_secs': ([0, -1, '60', None, True, float('inf')], 'a positive number of seconds'),
     'allow_config_change': ([0, 1, 'False', None], 'True or False'),
