@@ -211,3 +211,15 @@ def test_another_directory_with_relative_paths(tmp_path, folder, recipe, run, sn
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout.splitlines()[-1])['checkpoint'] == 'runs/mine/checkpoints/ckpt-00000001'
     assert snapshot(tmp_path) == before
+
+
+def test_statistics_taken_anew_count_in_training_and_in_eval(command, tmp_path, folder, recipe):
+    flags = (f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path}', '--gin_param=train.max_steps=3',
+             '--gin_param=train.image_sizes=((0, 32), (0.5, 24))')
+    precise = '--gin_param=train.eval_precise_batch_norm=2'
+    assert command(*flags, precise)[0] == 0
+    trained = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+    again, moving = (json.loads(command(*flags, *more, '--mode=eval')[1].splitlines()[-1]) for more in ([precise], []))
+    assert again['eval/loss'] == pytest.approx(trained['eval/loss'], rel=1e-6)
+    # Three steps of moving statistics are still near their initial values.
+    assert abs(moving['eval/loss'] - again['eval/loss']) > 0.01

@@ -9,6 +9,7 @@ from step_harness import (
     LABEL_SMOOTHING,
     NORMALIZE,
     ROWS,
+    SIZE,
     assert_same_bits,
     assert_same_step,
     build,
@@ -22,7 +23,7 @@ from step_harness import (
     whole_network,
 )
 
-from trainer.step import distribute, make_eval_loop
+from trainer.step import distribute, make_estimate_loop, make_eval_loop
 
 # Replicas
 
@@ -134,6 +135,30 @@ def test_evaluation_counts_each_example_once(num_replicas, flip):
         keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True))), rel=1e-5)
     assert sums['top1'] == np.sum(np.argmax(logits, 1) == labels)
     assert sums['top5'] == ROWS + 5
+
+
+@pytest.mark.parametrize('num_replicas', [1, 2])
+def test_statistics_that_are_taken_anew_are_those_of_all_rows(num_replicas):
+    """Of the first layer, whose inputs depend on no other statistics: by NumPy from its convolution's outputs."""
+    trainer = build(num_replicas=num_replicas)
+    batches = [make_batch(1), make_batch(2), make_batch(3)]
+    before = trainer.values('batch_stats/')
+    with trainer.strategy.scope():
+        estimated = {path: tf.Variable(v, trainable=False) for path, v in trainer.state.batch_stats.items()}
+    loop = make_estimate_loop(trainer.strategy, trainer.model, trainer.state.params, estimated, normalize=NORMALIZE,
+                              jit=False)
+    loop(iter(distribute(trainer.strategy, lambda **shard: tf.data.Dataset.from_tensor_slices(
+        {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}))), tf.constant(3))
+    stem = trainer.model.get_layer('stem').conv
+    outputs = np.concatenate([stem(NORMALIZE(batch['image'])) for batch in batches]).astype(np.float64)
+    # Each batch on each replica has the unbiased variance of its own count.
+    count = ROWS // num_replicas * (SIZE // 2) ** 2
+    parts = outputs.reshape(3 * num_replicas, count, -1)
+    np.testing.assert_allclose(estimated['stem/bn/moving_mean'].numpy(), outputs.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(estimated['stem/bn/moving_variance'].numpy(),
+                               parts.var(1, ddof=1).mean(0) + parts.mean(1).var(0), rtol=1e-4)
+    assert all(not np.allclose(v.numpy(), before[f'batch_stats/{path}']) for path, v in estimated.items())
+    assert_same_bits(trainer.values('batch_stats/'), before)
 
 
 # XLA
