@@ -19,9 +19,11 @@ Tensors = dict[str, tf.Tensor]
 
 def make_forward_backward(model: keras.Model, *, normalize: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int,
                           label_smoothing: float, accumulate: int, parallel_parts: int,
-                          cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None,
                           num_replicas: int) -> Callable[..., tuple[Tensors, Tensors, Tensors]]:
-    """Makes forward_backward(params, batch_stats, loss_scale, batch, keys) -> (grads, batch_stats, sums) of these rows.
+    """Makes forward_backward(params, batch_stats, loss_scale, batch, keys, cross_replica_mean=None) -> (grads,
+    batch_stats, sums) of these rows.
+
+    cross_replica_mean synchronises batch norm, see `ghostnet.keyed.step_context`. None: statistics of these rows.
 
     Args:
         model: used as a pure function of its variables, which are given.
@@ -31,10 +33,10 @@ def make_forward_backward(model: keras.Model, *, normalize: Callable[[tf.Tensor]
         accumulate: parts that the rows are worked off in, each with batch statistics of its own; then the statistics
             are their sum.
         parallel_parts: how many of them at a time.
-        cross_replica_mean: synchronises batch norm, see `ghostnet.keyed.step_context`. None: statistics of these rows.
-        num_replicas: how many replicas that averages.
+        num_replicas: how many replicas cross_replica_mean averages.
     """
-    def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor):
+    def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor,
+                         cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(params)
             with step_context(keys, cross_replica_mean, num_replicas):
@@ -49,8 +51,9 @@ def make_forward_backward(model: keras.Model, *, normalize: Callable[[tf.Tensor]
                                                                                   batch['mask'])
 
     def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors,
-                                  keys: tf.Tensor):
+                                  keys: tf.Tensor, cross_replica_mean: None = None):
         """The sums of forward_backward over `accumulate` equal parts of the rows, as if each were a replica's."""
+        del cross_replica_mean  # recipe.Train refuses it together with parts
         parts = tf.nest.map_structure(lambda t: tf.reshape(t, [accumulate, -1, *t.shape[1:]]), (batch, keys))
 
         def add_part(i: tf.Tensor, totals: Any):

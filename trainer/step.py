@@ -108,14 +108,11 @@ def make_step(model: keras.Model, *, normalize: Callable[[tf.Tensor], tf.Tensor]
         def cross_replica_mean(t):
             return all_reduce(t) / num_replicas if num_replicas > 1 else t
 
-        forward_backward = make_forward_backward(
-            model, normalize=normalize, global_batch_size=global_batch_size, label_smoothing=label_smoothing,
-            accumulate=accumulate, parallel_parts=choose_parallel_parts(num_replicas, has_accelerator()),
-            # Synchronised on one replica too, so that any number of them computes the same.
-            cross_replica_mean=cross_replica_mean if sync_batch_norm else None, num_replicas=num_replicas)
-        compute = compiled(forward_backward) if jit and num_replicas > 1 else forward_backward
         keys = row_keys(seed, step_number, replica_id * rows, rows)
-        grads, new_stats, sums = compute(values.params, values.batch_stats, values.loss_scale, batch, keys)
+        grads, new_stats, sums = forward_backward(
+            values.params, values.batch_stats, values.loss_scale, batch, keys,
+            # Synchronised on one replica too, so that any number of them computes the same.
+            cross_replica_mean if sync_batch_norm else None)
         if num_replicas > 1:
             grads = {path: tf.cast(g, all_reduce_dtype) for path, g in grads.items()}
             grads, new_stats, sums = _all_reduce_packed(all_reduce, (grads, new_stats, sums))
@@ -129,8 +126,13 @@ def make_step(model: keras.Model, *, normalize: Callable[[tf.Tensor], tf.Tensor]
     def compiled(function: Callable):
         return tf.function(function, jit_compile=True, autograph=False)
 
+    forward_backward = make_forward_backward(
+        model, normalize=normalize, global_batch_size=global_batch_size, label_smoothing=label_smoothing,
+        accumulate=accumulate, parallel_parts=choose_parallel_parts(num_replicas, has_accelerator()),
+        num_replicas=num_replicas)
     update = make_update(update_fn, schedule, clip_norm=clip_norm, adaptive_clip=adaptive_clip, ema_decay=ema_decay)
-    update = compiled(update) if jit and num_replicas > 1 else update
+    if jit and num_replicas > 1:  # made once, so that all replicas share what is compiled
+        forward_backward, update = compiled(forward_backward), compiled(update)
     return compiled(step) if jit and num_replicas == 1 else step
 
 
