@@ -104,7 +104,8 @@ class Checkout:
     def start(self, script: str, *args: str, cwd: pathlib.Path | None = None, cpus: set[int] | None = None,
               **env: str) -> subprocess.Popen:
         def prepare() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background of a shell has it ignored
+            for ignored in (signal.SIGINT, signal.SIGHUP):  # by a shell's background jobs, by nohup
+                signal.signal(ignored, signal.SIG_DFL)
             if cpus:
                 os.sched_setaffinity(0, cpus)
 
