@@ -125,12 +125,11 @@ def test_two_workers_compute_what_one_device_does(start_workers, reference, tmp_
     workers, one = tensors(tmp_path / 'run'), tensors(reference(*SYNCHRONISED, *ONE_THREAD))
     assert workers['step'] == NUM_STEPS and workers['position'] == NUM_STEPS * ROWS
     assert relative_difference(workers, one, 'params/') < 1e-5
-    assert relative_difference(workers, one, 'ema/') < 1e-5
     # So small a network multiplies every rounding, from step to step: half a unit in the last place of each initial
     # weight moves the statistics of one device by 4e-6 within ten steps and by 3e-5 within twenty. What the step
     # computes shows before that.
     early, early_one = tensors(tmp_path / 'run', 4), tensors(reference(*SYNCHRONISED, *ONE_THREAD), 4)
-    for prefix, bound in (('params/', 1e-8), ('batch_stats/', 1e-6), ('slots/', 1e-3)):
+    for prefix, bound in (('params/', 1e-7), ('ema/', 1e-6), ('batch_stats/', 1e-6), ('slots/', 1e-2)):
         assert relative_difference(early, early_one, prefix) < bound, prefix
     assert relative_difference(early_one, one, 'params/') > 1e-4  # what the other steps have done
     assert (tmp_path / 'run' / 'best').is_dir() and (tmp_path / 'run' / 'config.gin').is_file()
@@ -217,7 +216,7 @@ def test_the_launcher_runs_real_workers_and_resumes_after_one_was_killed(referen
     workers = subprocess.run(['pgrep', '-f', f'trainer.main.*--workdir={workdir}'], capture_output=True, text=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     _, stderr = launcher.communicate(timeout=120)
-    assert launcher.returncode == 1 and 'lost worker' in stderr, stderr
+    assert launcher.returncode == 1 and 'error: ' in stderr and 'worker 1 (127.0.0.1:' in stderr, stderr
     launcher = launch()
     _, stderr = launcher.communicate(timeout=240)
     assert launcher.returncode == 0 and 'resuming from' in stderr, stderr
