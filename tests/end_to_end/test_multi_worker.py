@@ -24,10 +24,9 @@ NUM_STEPS, ROWS = 20, 64
 # Twenty steps of 64 out of the 42 examples of conftest's folder: batches that straddle epochs.
 SETTINGS = ('--gin_param=train.epochs=31', f'--gin_param=train.global_batch_size={ROWS}',
             f'--gin_param=train.max_steps={NUM_STEPS}', '--gin_param=train.eval_every_epochs=16',
-            '--gin_param=train.ema_decay=0.9', '--gin_param=train.step_timeout_secs=300',
-            '--gin_param=train.keep_checkpoints=5')
+            '--gin_param=train.ema_decay=0.9', '--gin_param=train.step_timeout_secs=300')
 # At the rates of real training twenty steps of so small a network make what they like of any rounding.
-SYNCHRONISED = ('--gin_param=train.sync_batch_norm=True', '--gin_param=cosine.peak_rate=3e-5')
+SYNCHRONISED = ('--gin_param=train.sync_batch_norm=True', '--gin_param=cosine.peak_rate=1e-4')
 MIRRORED = ("--gin_param=build_strategy.name='mirrored'", '--gin_param=build_strategy.num_devices=2')
 ONE_THREAD = ('--gin_param=build_strategy.op_threads=1',)
 ENDLESS = ('--gin_param=train.epochs=100000', '--gin_param=train.eval_every_epochs=100000')
@@ -124,18 +123,12 @@ def test_two_workers_compute_what_one_device_does(start_workers, reference, tmp_
     assert_finished(start_workers(*SYNCHRONISED, *ONE_THREAD))
     workers, one = tensors(tmp_path / 'run'), tensors(reference(*SYNCHRONISED, *ONE_THREAD))
     assert workers['step'] == NUM_STEPS and workers['position'] == NUM_STEPS * ROWS
-    assert relative_difference(workers, one, 'params/') < 1e-5
-    # So small a network multiplies every rounding, from step to step: half a unit in the last place of each initial
-    # weight moves the statistics of one device by 4e-6 within ten steps and by 3e-5 within twenty. What the step
-    # computes shows before that.
-    early, early_one = tensors(tmp_path / 'run', 4), tensors(reference(*SYNCHRONISED, *ONE_THREAD), 4)
-    for prefix, bound in (('params/', 1e-7), ('ema/', 1e-6), ('batch_stats/', 1e-6), ('slots/', 1e-2)):
-        assert relative_difference(early, early_one, prefix) < bound, prefix
-    assert relative_difference(early_one, one, 'params/') > 1e-4  # what the other steps have done
+    for prefix in ('params/', 'batch_stats/', 'slots/', 'ema/'):
+        assert relative_difference(workers, one, prefix) < 1e-5, prefix
+    before = tensors(reference(*SYNCHRONISED, *ONE_THREAD), NUM_STEPS - 8)
+    assert relative_difference(before, one, 'params/') > 1e-4  # what the last eight steps have done
     assert (tmp_path / 'run' / 'best').is_dir() and (tmp_path / 'run' / 'config.gin').is_file()
     for line, of_one in zip(metrics(tmp_path / 'run'), metrics(reference(*SYNCHRONISED, *ONE_THREAD)), strict=True):
-        if line['step'] > 4 and 'train/grad_norm' in line:
-            del line['train/grad_norm'], of_one['train/grad_norm']
         assert line == pytest.approx(of_one, rel=1e-4)
 
 
