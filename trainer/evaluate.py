@@ -13,11 +13,20 @@ from trainer.state import TrainState, build_model_and_state
 from trainer.step import distribute, make_estimate_loop, make_eval_loop, make_normalize, use_jit
 
 
+def open_train_batches(strategy: tf.distribute.Strategy, settings: Train, state: TrainState,
+                       source: input_pipeline.Source, train_dataset: Callable[..., tf.data.Dataset]) -> Iterator:
+    """The training batches from the position of `state` on, as large as they are at its step."""
+    rows = settings.global_batch_size
+    return iter(distribute(strategy, functools.partial(
+        train_dataset, source, global_batch_size=rows, seed=settings.seed, start_position=int(state.position.numpy()),
+        **settings.image_size_at(int(state.step.numpy()), len(source) / rows))))
+
+
 def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, weights: str, *,
                   source: input_pipeline.Source, eval_dataset: Callable[..., tf.data.Dataset],
                   global_batch_size: int, normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
                   jit: bool, precise_batches: int,
-                  open_train_batches: Callable[[], Iterator]) -> Callable[[], dict[str, float]]:
+                  open_batches: Callable[[], Iterator]) -> Callable[[], dict[str, float]]:
     """Makes evaluate() -> {'loss', 'top1', 'top5', 'examples'}: mean loss in nats, fractions, and a count.
 
     Args:
@@ -27,8 +36,8 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
         eval_dataset: input_pipeline's, with what the recipe binds.
         global_batch_size, normalize, jit: as in training.
         flip: see `make_eval_loop`.
-        precise_batches: how many batches of `open_train_batches()` batch statistics are taken from, for the evaluation
-            alone; 0: the moving statistics are.
+        precise_batches: how many batches of `open_batches()` batch statistics are taken from, for the evaluation alone;
+            0: the moving statistics are.
     """
     params, batch_stats = state.weights(weights)
     if precise_batches:
@@ -46,7 +55,7 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
 
     def evaluate() -> dict[str, float]:
         if precise_batches:
-            estimate_loop(open_train_batches(), tf.constant(precise_batches))
+            estimate_loop(open_batches(), tf.constant(precise_batches))
         sums = eval_loop(iter(batches), tf.constant(num_batches))
         sums = {name: float(value) for name, value in sums.items()}
         if round(sums['examples']) != num_examples:
@@ -79,18 +88,12 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
         raise ConfigError("evaluate.weights is 'ema', but train.ema_decay is None: the run keeps no average")
     model, state, _ = build_model_and_state(settings, strategy, eval_source.num_classes)
     state.restore(checkpoint.load(path, state.variables()))
-    def open_train_batches():
-        rows = settings.global_batch_size
-        size = settings.image_size_at(int(state.step.numpy()), len(train_source) / rows)
-        return iter(distribute(strategy, functools.partial(
-            train_dataset, train_source, global_batch_size=rows, seed=settings.seed,
-            start_position=int(state.position.numpy()), **size)))
-
     evaluate = make_evaluate(
         strategy, model, state, which.weights, source=eval_source, eval_dataset=eval_dataset,
         global_batch_size=settings.global_batch_size, normalize=make_normalize(data.pixel_mean, data.pixel_std),
         flip=settings.eval_flip, jit=use_jit(settings.jit, strategy, settings.sync_batch_norm),
-        precise_batches=settings.eval_precise_batch_norm, open_train_batches=open_train_batches)
+        precise_batches=settings.eval_precise_batch_norm,
+        open_batches=lambda: open_train_batches(strategy, settings, state, train_source, train_dataset))
     kind = 'eval' if which.weights == 'raw' else 'eval_ema'
     return {f'{kind}/{name}': value for name, value in evaluate().items()} | {
         'step': int(state.step.numpy()), 'checkpoint': str(path)}

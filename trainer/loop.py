@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ import tensorflow as tf
 
 import input_pipeline
 from trainer import checkpoint
-from trainer.evaluate import make_evaluate
+from trainer.evaluate import make_evaluate, open_train_batches
 from trainer.preemption import Watchdog
 from trainer.recipe import ConfigError, Data, Train
 from trainer.state import TrainState, build_model_and_state
-from trainer.step import distribute, make_normalize, make_train_loop, use_jit, value_of_first_worker
+from trainer.step import make_normalize, make_train_loop, use_jit, value_of_first_worker
 from trainer.strategy import describe_worker, is_chief
 from trainer.telemetry import Telemetry, progress_line
 
@@ -79,17 +79,12 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         sync_batch_norm=settings.sync_batch_norm, all_reduce_dtype=settings.all_reduce_dtype, jit=jit)
     resizes = {round(epoch * steps_per_epoch) for epoch, _ in settings.image_sizes or ()}
 
-    def batches_from(step: int) -> Iterator:
-        return iter(distribute(strategy, functools.partial(
-            train_dataset, train_source, global_batch_size=rows, seed=settings.seed,
-            start_position=int(state.position.numpy()), **settings.image_size_at(step, steps_per_epoch))))
-
-    batches = batches_from(step)
+    open_batches = functools.partial(open_train_batches, strategy, settings, state, train_source, train_dataset)
+    batches = open_batches()
     evaluators = {} if eval_source is None else {
         kind: make_evaluate(strategy, model, state, weights, source=eval_source, eval_dataset=eval_dataset,
                             global_batch_size=rows, normalize=normalize, flip=settings.eval_flip, jit=jit,
-                            precise_batches=settings.eval_precise_batch_norm,
-                            open_train_batches=lambda: batches_from(step))
+                            precise_batches=settings.eval_precise_batch_norm, open_batches=open_batches)
         for kind, weights in [('eval', 'raw')] + [('eval_ema', 'ema')] * (settings.ema_decay is not None)}
 
     # ---- The run ----
@@ -117,7 +112,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
                                    count=(until - step) * rows)
             step = until
             if step in resizes:
-                batches = batches_from(step)  # the loop is traced again, once a size
+                batches = open_batches()  # the loop is traced again, once a size
 
             is_last, is_eval = step == last_step, evaluators and step == next_eval or step == last_step
             metrics = reported.metrics(float(schedule(tf.constant(step - 1))))
