@@ -67,17 +67,12 @@ def use_jit(jit: bool | str, strategy: tf.distribute.Strategy, sync_batch_norm: 
     return has_accelerator() and can_compile if jit == 'auto' else jit
 
 
-def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any) -> Any:
-    """Sums tensors of any structure over the replicas, in one collective for each dtype: one, in general."""
+def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any, dtype: str = 'float32') -> Any:
+    """Sums the float32 tensors of any structure over the replicas, in one collective that moves them as `dtype`."""
     tensors = tf.nest.flatten(tree)
-    summed = list(tensors)
-    for dtype in sorted({t.dtype.name for t in tensors}):
-        numbers = [i for i, t in enumerate(tensors) if t.dtype.name == dtype]
-        packed = all_reduce(tf.concat([tf.reshape(tensors[i], [-1]) for i in numbers], axis=0))
-        parts = tf.split(packed, [tensors[i].shape.num_elements() for i in numbers])
-        for i, part in zip(numbers, parts, strict=True):
-            summed[i] = tf.reshape(part, tensors[i].shape)
-    return tf.nest.pack_sequence_as(tree, summed)
+    packed = tf.cast(tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0), dtype)
+    parts = tf.split(tf.cast(all_reduce(packed), tf.float32), [t.shape.num_elements() for t in tensors])
+    return tf.nest.pack_sequence_as(tree, [tf.reshape(p, t.shape) for p, t in zip(parts, tensors, strict=True)])
 
 
 def _stay(tensor: tf.Tensor) -> tf.Tensor:
@@ -114,9 +109,11 @@ def make_step(model: keras.Model, *, normalize: Callable[[tf.Tensor], tf.Tensor]
             # Synchronised on one replica too, so that any number of them computes the same.
             cross_replica_mean if sync_batch_norm else None)
         if num_replicas > 1:
-            grads = {path: tf.cast(g, all_reduce_dtype) for path, g in grads.items()}
-            grads, new_stats, sums = _all_reduce_packed(all_reduce, (grads, new_stats, sums))
-            grads = {path: tf.cast(g, tf.float32) for path, g in grads.items()}
+            if all_reduce_dtype != 'float32':  # of the gradients alone: statistics and sums keep their digits
+                grads = _all_reduce_packed(all_reduce, grads, all_reduce_dtype)
+                new_stats, sums = _all_reduce_packed(all_reduce, (new_stats, sums))
+            else:
+                grads, new_stats, sums = _all_reduce_packed(all_reduce, (grads, new_stats, sums))
         if num_replicas * accumulate > 1:  # one view of them for all replicas and parts
             new_stats = {path: s / (num_replicas * accumulate) for path, s in new_stats.items()}
         new_values, is_finite, norm = update(values, grads, new_stats, step_number)
