@@ -1,9 +1,9 @@
 """The variant of GhostNet that the well-known TensorFlow 2 tutorial builds, as a class and as functions.
 
-Responsible for being what the tutorial describes, so that its differences from the authors' network (model.py) can be
-measured; nothing in it is improved. Against model.py: no batch norm nor ReLU inside a ghost module, a convolutional
-shortcut in every block, ReLU after the stride-2 depthwise convolution, squeeze-and-excite by half and without biases,
-batch norm in the head, no dropout, 'same' padding, Glorot initialisation, softmax inside, one width.
+Nothing in it is improved, so that its differences from the authors' network (model.py) can be measured: no batch norm
+nor ReLU inside a ghost module, a convolutional shortcut in every block, ReLU after the stride-2 depthwise convolution,
+squeeze-and-excite by half and without biases, batch norm in the head, no dropout, 'same' padding, Glorot
+initialisation, softmax inside, one width.
 
 Batch norm has Keras' constants (0.99, 1e-3) but is the fused layer of layers.py: it keeps the unbiased batch
 variance, n / (n - 1) times that of Keras' layer, n = B * H * W. Outputs and gradients in training are the same. In the

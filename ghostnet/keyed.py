@@ -1,6 +1,5 @@
 """What a training step hands to the layers it calls, and the randomness they draw from it.
 
-Responsible for `step_context` (row keys, reduction over replicas), the counter-based hash, and dropout keyed by row.
 Apart from layers.py because the hash also serves whatever else is drawn on the device. Knows no layer of the network.
 """
 import contextlib

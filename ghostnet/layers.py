@@ -1,11 +1,8 @@
 """Layers of the GhostNet family: convolutions padded as PyTorch pads, fused batch norm, ghost modules and bottlenecks.
 
-Responsible for what one block computes. Knows nothing of the block table (model.py), and nothing of how a step is run:
-what a training step has to hand to its layers comes in through `keyed.step_context`, so that a model remains a pure
-function of (variables, images).
-
-Source: Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, and the authors' PyTorch code for what
-the paper leaves open (activations, padding, squeeze-and-excite).
+What a training step has to hand to its layers comes in through `keyed.step_context`, so that a model remains a pure
+function of (variables, images). Source: Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, and the
+authors' PyTorch code for what the paper leaves open (activations, padding, squeeze-and-excite).
 """
 import math
 

@@ -1,7 +1,4 @@
-"""The GhostNet block table and the two forms of the network: the class `GhostNet` and the function `ghostnet`.
-
-Responsible for which layers stand in which order at which width. What a layer computes is in layers.py.
-"""
+"""The GhostNet block table and the two forms of the network: the class `GhostNet` and the function `ghostnet`."""
 import math
 
 import keras

@@ -1,7 +1,5 @@
 """Reads and writes the weights of GhostNet under the names of timm and of the authors' PyTorch code.
 
-Responsible for names, layouts and file formats. It knows nothing of what a layer computes.
-
     python -m ghostnet.pytorch ghostnet_050.safetensors ghostnet.weights.h5 --width=0.5
     python -m ghostnet.pytorch ghostnet.keras ghostnet.npz
 

@@ -1,5 +1,4 @@
 """Examples in, batches out: deterministic, resumable at any position, the same for any number of workers."""
-
 from input_pipeline import order, preprocess
 from input_pipeline.dataset import eval_dataset, first_undecodable, train_dataset
 from input_pipeline.preprocess import make_random_resized_crop, make_random_shift

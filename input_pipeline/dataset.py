@@ -1,9 +1,4 @@
-"""Source and position -> batches.
-
-Responsible for which example stands in which row of which batch, for reading ahead and decoding in parallel, and for
-keeping the place of an example that cannot be decoded. It must not know formats (sources) or pixels (preprocess).
-"""
-
+"""Source and position -> batches, read ahead and decoded in parallel."""
 import os
 from collections.abc import Callable, Iterable
 
@@ -11,14 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline import order
-from input_pipeline.preprocess import (
-    Crop,
-    checked,
-    decode,
-    make_center_crop,
-    make_random_resized_crop,
-    random_flip,
-)
+from input_pipeline.preprocess import Crop, checked, decode, make_center_crop, make_random_resized_crop, random_flip
 from input_pipeline.sources.idx import encode_png
 from input_pipeline.sources.source import Source
 

@@ -1,8 +1,4 @@
-"""Which example stands at which position of training, and the key of its randomness.
-
-Responsible for two pure functions of (seed, epoch). It must not read data and keeps no state but a cache.
-"""
-
+"""Which example stands at which position of training, and the key of its randomness."""
 import functools
 import threading
 

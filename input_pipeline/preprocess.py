@@ -1,13 +1,9 @@
 """Encoded image -> uint8 pixels of the size the network takes, on the host.
 
-Responsible for decoding, cropping, resizing and flipping one image. It must not normalise (the device does), read files
-or know where an example stands.
-
 A crop is `crop(encoded, seed, image_size) -> uint8 [image_size, image_size, 3]` of a string scalar and an int64 [2]
 that is unique to the example and epoch; all its randomness is a function of `seed`. It fails with
 InvalidArgumentError where the image cannot be decoded.
 """
-
 import math
 from collections.abc import Callable
 

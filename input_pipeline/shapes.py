@@ -1,17 +1,13 @@
 """The embedded data set: 6,000 drawn JPEGs of ten shapes as a TFDS builder; needs neither network nor files.
 
-Responsible for drawing an example from `(split, index)`, encoding it, and describing the result to TFDS. It must not
-read, order or preprocess examples: once prepared, `shapes` is a TFDS data set like any other.
-
 An image is a textured ground, clutter, one large figure of the labelled shape (textured, rotated, squeezed, anywhere in
 the central square), clutter over it, and grain. Size, place, colours, and which of figure and ground is the brighter
 do not depend on the class: single pixels say next to nothing about it, only the outline does.
 
 The same bytes on every machine and run: every choice is an integer from Philox, a counter-based generator whose stream
 is fixed by its definition; every pixel is NumPy integer arithmetic; `encode` says what the JPEG's bytes rest on. Record
-number i of a split is `draw(split, i)`. (Around the JPEG, protobuf may write a record's two fields in either order.)
+number i of a split is `draw(split, i)`.
 """
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator

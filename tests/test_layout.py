@@ -21,7 +21,7 @@ LEVELS = (
     {'__init__', 'main'},
     {'arrays'},
     {'loop', 'check', 'export', 'compare', 'config'},
-    {'evaluate'},
+    {'evaluate', 'resume'},
     {'step'},
     {'gradient', 'update'},
     {'state', 'optimizer', 'checkpoint', 'telemetry', 'preemption', 'goodput'},

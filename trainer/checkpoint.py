@@ -1,8 +1,7 @@
 """Checkpoints: directories that are whole or not there.
 
 A checkpoint is written aside, flushed, checksummed and committed by one rename; then the pointer file that TensorFlow's
-own loaders read is replaced the same way. Reading trusts checksums, never the pointer. Responsible for files; what a
-variable means is not its business.
+own loaders read is replaced the same way. Reading trusts checksums, never the pointer.
 """
 import hashlib
 import json
@@ -38,12 +37,7 @@ def save(directory: Path, step: int, variables: Mapping[str, tf.Variable], meta:
          keep: int) -> Path:
     """Commits `directory`/ckpt-<step>, points at it, and removes all but the `keep` newest.
 
-    Args:
-        directory: made if absent.
-        step: for the name.
-        variables: {name: variable}, stored under these names.
-        meta: JSON-able; the checksums of the files are added to it.
-        keep: how many stay.
+    `variables` are stored under the names they have there; to `meta`, JSON-able, the checksums of the files are added.
     """
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f'ckpt-{step:08d}'

@@ -60,7 +60,7 @@ _MACRO = 'gin.macro'
 # A resumed run may differ in these: they say where, how often or how fast, not what is computed.
 _NOT_IN_FINGERPRINT = re.compile(
     r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise)|'
-    r'train\.(steps_per_loop|jit|max_steps|checkpoint_.*|keep_.*|log_.*|eval_.*|step_timeout_secs|allow_config_change)')
+    r'train\.(steps_per_loop|jit|max_steps|checkpoint_.*|keep_.*|log_.*|eval_.*|grace_secs|step_timeout_secs|allow_config_change)')
 
 
 class Config(NamedTuple):
@@ -102,9 +102,7 @@ def load(files: Sequence[str], params: Sequence[str]) -> Config:
                   eval_dataset=roots['eval_dataset'], fingerprint=_fingerprint(used), text=gin.config_str())
 
 
-def operative_text() -> str:
-    """All parameters that the calls made so far have taken, defaults included."""
-    return gin.operative_config_str()
+operative_text = gin.operative_config_str  # all parameters that the calls made so far have taken, defaults included
 
 
 def _find_file(file: str) -> str:

@@ -1,5 +1,6 @@
 """Evaluation: each example of a split counted exactly once, with raw or averaged weights."""
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,8 +27,11 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
                   source: input_pipeline.Source, eval_dataset: Callable[..., tf.data.Dataset],
                   global_batch_size: int, normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
                   jit: bool, precise_batches: int,
-                  open_batches: Callable[[], Iterator]) -> Callable[[], dict[str, float]]:
-    """Makes evaluate() -> {'loss', 'top1', 'top5', 'examples'}: mean loss in nats, fractions, and a count.
+                  open_batches: Callable[[], Iterator],
+                  batches_per_loop: int) -> Callable[[Callable[[], bool]], dict[str, float] | None]:
+    """Makes evaluate(must_stop) -> {'loss', 'top1', 'top5', 'examples'}: mean loss in nats, fractions, and a count.
+
+    None if must_stop(), which is asked after each loop of batches, says so before the last one.
 
     Args:
         strategy, model, state: what to evaluate; the values of the variables are those at the time of the call.
@@ -38,6 +42,7 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
         flip: see `make_eval_loop`.
         precise_batches: how many batches of `open_batches()` batch statistics are taken from, for the evaluation alone;
             0: the moving statistics are.
+        batches_per_loop: how many are evaluated between two touches of the host.
     """
     params, batch_stats = state.weights(weights)
     if precise_batches:
@@ -53,11 +58,15 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
     # tracing reads, can spoil an evaluation hours later.
     eval_loop(iter(batches), tf.constant(0))
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(must_stop: Callable[[], bool]) -> dict[str, float] | None:
         if precise_batches:
             estimate_loop(open_batches(), tf.constant(precise_batches))
-        sums = eval_loop(iter(batches), tf.constant(num_batches))
-        sums = {name: float(value) for name, value in sums.items()}
+        iterator, sums = iter(batches), Counter()
+        for first in range(0, num_batches, batches_per_loop):
+            if first and must_stop():
+                return None
+            part = eval_loop(iterator, tf.constant(min(batches_per_loop, num_batches - first)))
+            sums.update({name: float(value) for name, value in part.items()})
         if round(sums['examples']) != num_examples:
             raise _undecodable(source, num_examples - round(sums['examples']))
         return {'loss': sums['loss'] / num_examples, 'top1': sums['top1'] / num_examples,
@@ -93,9 +102,10 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
         global_batch_size=settings.global_batch_size, normalize=make_normalize(data.pixel_mean, data.pixel_std),
         flip=settings.eval_flip, jit=use_jit(settings.jit, strategy, settings.sync_batch_norm),
         precise_batches=settings.eval_precise_batch_norm,
-        open_batches=lambda: open_train_batches(strategy, settings, state, train_source, train_dataset))
+        open_batches=lambda: open_train_batches(strategy, settings, state, train_source, train_dataset),
+        batches_per_loop=settings.steps_per_loop)
     kind = 'eval' if which.weights == 'raw' else 'eval_ema'
-    return {f'{kind}/{name}': value for name, value in evaluate().items()} | {
+    return {f'{kind}/{name}': value for name, value in evaluate(lambda: False).items()} | {
         'step': int(state.step.numpy()), 'checkpoint': str(path)}
 
 

@@ -26,10 +26,8 @@ def make_forward_backward(model: keras.Model, *, normalize: Callable[[tf.Tensor]
     cross_replica_mean synchronises batch norm, see `ghostnet.keyed.step_context`. None: statistics of these rows.
 
     Args:
-        model: used as a pure function of its variables, which are given.
-        normalize: uint8 images -> the floats that the model takes.
-        global_batch_size: of all replicas; the gradients are to be summed over replicas.
-        label_smoothing: in [0, 1).
+        model, normalize: uint8 images -> normalize -> model, a pure function of its variables.
+        global_batch_size, label_smoothing: of all replicas, over which gradients are to be summed; in [0, 1).
         accumulate: parts that the rows are worked off in, each with batch statistics of its own; then the statistics
             are their sum.
         parallel_parts: how many of them at a time.

@@ -7,10 +7,8 @@ import functools
 import json
 import logging
 import math
-import os
-import platform
-import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,20 @@ import tensorflow as tf
 import input_pipeline
 from trainer import checkpoint
 from trainer.evaluate import make_evaluate, open_train_batches
-from trainer.preemption import Watchdog
+from trainer.preemption import StoppedEarly, Watchdog
 from trainer.recipe import ConfigError, Data, Train
-from trainer.state import TrainState, build_model_and_state
-from trainer.step import make_normalize, make_train_loop, use_jit, value_of_first_worker
-from trainer.strategy import describe_worker, is_chief
+from trainer.resume import describe_environment, restore_latest
+from trainer.state import build_model_and_state
+from trainer.step import make_normalize, make_sum_over_workers, make_train_loop, use_jit
+from trainer.strategy import is_chief
 from trainer.telemetry import Telemetry, progress_line
 
 
 def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, train_source: input_pipeline.Source,
           eval_source: input_pipeline.Source | None, train_dataset: Callable[..., tf.data.Dataset],
           eval_dataset: Callable[..., tf.data.Dataset], workdir: Path, fingerprint: Mapping[str, str],
-          write_config: Callable[[Path], None]) -> dict[str, float]:
+          write_config: Callable[[Path], None],
+          should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """Trains, evaluates as configured, and resumes whatever `workdir` holds.
 
     Args:
@@ -42,12 +42,14 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         workdir: see the README; made if absent, after everything has been checked.
         fingerprint: what a resumed run must have in common with the checkpoint.
         write_config: called with the workdir once training is about to start.
+        should_stop: asked after each loop of steps; if any worker's says so, all save and stop.
 
     Returns:
         The last reported tags of training and evaluation.
 
     Raises:
         ConfigError: the recipe does not fit the data, the devices or the checkpoint; an image that cannot be decoded.
+        StoppedEarly: should_stop said so, and everything is saved.
     """
     # ---- How long ----
     num_examples, rows = len(train_source), settings.global_batch_size
@@ -62,10 +64,20 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     schedule = settings.schedule(num_steps=num_steps, steps_per_epoch=steps_per_epoch, global_batch_size=rows)
     num_classes = max(source.num_classes for source in (train_source, eval_source) if source is not None)
     model, state, update = build_model_and_state(settings, strategy, num_classes)
-    meta = {'fingerprint': {**fingerprint, 'number of training examples': str(num_examples)}, **_environment(strategy)}
-    _restore_latest(workdir / 'checkpoints', strategy, state, meta, settings.allow_config_change)
-    step = int(state.step.numpy())
-    if step >= last_step:
+    meta = {'fingerprint': {**fingerprint, 'number of training examples': str(num_examples)},
+            **describe_environment(strategy)}
+    restore_latest(workdir / 'checkpoints', strategy, state, meta, settings.allow_config_change)
+    step, is_writer = int(state.step.numpy()), is_chief(strategy)  # all workers compute the same; one writes it down
+    sum_over_workers = make_sum_over_workers(strategy)
+    eval_every_steps = settings.eval_every_epochs * steps_per_epoch
+
+    def is_eval_step(step: int) -> bool:
+        return eval_source is not None and step in (_next_multiple(step - 1, eval_every_steps), last_step)
+
+    # A run that was stopped on its way through an evaluation has saved without its results.
+    is_eval_due = step > 0 and is_eval_step(step) and not _is_evaluated(workdir / 'metrics.jsonl', step)
+    is_eval_due = sum_over_workers(int(is_eval_due and is_writer)) > 0
+    if step >= last_step and not is_eval_due:
         logging.info('finished: %s holds step %d of %d; nothing to do', workdir, step, last_step)
         return _last_metrics(workdir / 'metrics.jsonl')
 
@@ -84,29 +96,56 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     evaluators = {} if eval_source is None else {
         kind: make_evaluate(strategy, model, state, weights, source=eval_source, eval_dataset=eval_dataset,
                             global_batch_size=rows, normalize=normalize, flip=settings.eval_flip, jit=jit,
-                            precise_batches=settings.eval_precise_batch_norm, open_batches=open_batches)
+                            precise_batches=settings.eval_precise_batch_norm, open_batches=open_batches,
+                            batches_per_loop=settings.steps_per_loop)
         for kind, weights in [('eval', 'raw')] + [('eval_ema', 'ema')] * (settings.ema_decay is not None)}
 
     # ---- The run ----
-    is_writer = is_chief(strategy)  # all workers compute the same; one writes it down
     if is_writer:
         write_config(workdir)
     telemetry = Telemetry(workdir if is_writer else None, step)
     save = functools.partial(checkpoint.save, variables=state.variables()) if is_writer else lambda *_, **__: None
-    eval_every_steps = settings.eval_every_epochs * steps_per_epoch
-    saved_at, reported, final = time.monotonic(), _Interval(), {}
+    saved_at, reported, final, loops = time.monotonic(), Counter(), {}, 0
     logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, last_step, num_steps, steps_per_epoch)
+
+    def must_stop() -> bool:  # asked by all workers at the same points, and answered alike
+        return sum_over_workers(int(should_stop())) > 0
+
+    def evaluate_and_keep_best() -> bool:
+        """Whether it came to its end."""
+        started, results = time.perf_counter(), {}
+        for kind, evaluate in evaluators.items():
+            found = evaluate(must_stop)
+            if found is None:
+                return False
+            results |= {f'{kind}/{name}': value for name, value in found.items()}
+        watchdog.heard()
+        final.update(results)
+        telemetry.report(step, results)
+        telemetry.progress(_eval_line(step, results, time.perf_counter() - started), is_lasting=True)
+        if is_writer:
+            _keep_best(workdir / 'best', step, results, save, meta)
+        return True
+
     with contextlib.closing(telemetry), Watchdog(strategy, settings.step_timeout_secs) as watchdog:
+        if must_stop() or is_eval_due and not evaluate_and_keep_best():
+            raise StoppedEarly(f'stopped at step {step} of {last_step}, with nothing new to save')
         while step < last_step:
-            next_eval = _next_multiple(step, eval_every_steps) if evaluators else last_step
             until = min(step + settings.steps_per_loop, _next_multiple(step, settings.log_every_steps),
-                        _next_multiple(step, settings.checkpoint_every_steps), next_eval, last_step,
+                        _next_multiple(step, settings.checkpoint_every_steps), last_step,
+                        *[_next_multiple(step, eval_every_steps)] * bool(evaluators),
                         *(first for first in resizes if first > step))
             started = time.perf_counter()
             sums = train_loop(batches, tf.constant(until - step))
             sums = {name: float(value) for name, value in sums.items()}  # the one place where the host waits
             watchdog.heard()
-            reported.add(until - step, time.perf_counter() - started, sums)
+            secs = time.perf_counter() - started
+            reported.update(sums | {'steps': until - step, 'secs': secs})
+            if secs > settings.grace_secs and loops == 1:  # not the first, which is traced and compiled
+                logging.warning('a loop of %d steps took %.0f s; a signal to stop is obeyed after it, within '
+                                'train.grace_secs = %g: train.steps_per_loop should be at most %d', until - step, secs,
+                                settings.grace_secs, max(1, (until - step) * settings.grace_secs / secs))
+            loops += 1
             if round(sums['seen']) < (until - step) * rows:
                 raise _undecodable(train_source, settings.seed, end=int(state.position.numpy()),
                                    count=(until - step) * rows)
@@ -114,97 +153,43 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             if step in resizes:
                 batches = open_batches()  # the loop is traced again, once a size
 
-            is_last, is_eval = step == last_step, evaluators and step == next_eval or step == last_step
-            metrics = reported.metrics(float(schedule(tf.constant(step - 1))))
+            metrics = _train_metrics(reported, float(schedule(tf.constant(step - 1))))
             if state.loss_scale:
                 metrics['train/loss_scale'] = float(state.loss_scale['loss_scale'].numpy())
-            line = progress_line(step=step, num_steps=last_step, metrics=metrics,
-                                 eta_secs=(last_step - step) * rows / metrics['train/images_per_sec'])
-            if step % settings.log_every_steps == 0 or is_eval:
+            is_lasting = step % settings.log_every_steps == 0 or is_eval_step(step) or step == last_step
+            telemetry.progress(progress_line(step=step, num_steps=last_step, metrics=metrics, eta_secs=(
+                last_step - step) * rows / metrics['train/images_per_sec']), is_lasting=is_lasting)
+            if is_lasting:
                 telemetry.report(step, metrics)
-                telemetry.progress(line, is_lasting=True)
                 final.update(metrics)
-                reported = _Interval()
-            else:
-                telemetry.progress(line, is_lasting=False)
-            if is_eval and evaluators:
-                started = time.perf_counter()
-                results = {f'{kind}/{name}': value for kind, evaluate in evaluators.items()
-                           for name, value in evaluate().items()}
-                watchdog.heard()
-                final.update(results)
-                telemetry.report(step, results)
-                telemetry.progress(_eval_line(step, results, time.perf_counter() - started), is_lasting=True)
-                if is_writer:
-                    _keep_best(workdir / 'best', step, results, save, meta)
-            # After the evaluation, so that a run that is killed in it evaluates again.
+                reported = Counter()
+            # Saved after the evaluation, so that a run that is killed in it evaluates again.
+            is_stopping = must_stop()
+            is_evaluated = not is_eval_step(step) or not is_stopping and evaluate_and_keep_best()
+            is_stopping = is_stopping or not is_evaluated
             is_due = time.monotonic() - saved_at >= (settings.checkpoint_every_secs or float('inf'))
-            if is_last or is_due or step % settings.checkpoint_every_steps == 0:
+            if step == last_step or is_due or is_stopping or step % settings.checkpoint_every_steps == 0:
                 save(workdir / 'checkpoints', step, meta=meta, keep=settings.keep_checkpoints)
                 saved_at = time.monotonic()
+            if is_stopping and not (step == last_step and is_evaluated):
+                raise StoppedEarly(f'stopped at step {step} of {last_step}, and saved')
     return final
 
 
-class _Interval:
-    """Sums over the steps since the last report."""
-
-    def __init__(self):
-        self.num_steps, self.secs, self.sums = 0, 0.0, {}
-
-    def add(self, num_steps: int, secs: float, sums: Mapping[str, float]) -> None:
-        self.num_steps += num_steps
-        self.secs += secs
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in sums.items()}
-
-    def metrics(self, learning_rate: float) -> dict[str, float]:
-        examples = self.sums['examples'] or math.nan  # none if every step was skipped
-        return {'train/loss': self.sums['loss'] / examples, 'train/top1': self.sums['top1'] / examples,
-                'train/learning_rate': learning_rate, 'train/images_per_sec': self.sums['seen'] / self.secs,
-                'train/data_wait_fraction': min(1.0, self.sums['data_wait_secs'] / self.secs),
-                'train/grad_norm': self.sums['grad_norm'] / max(self.num_steps - self.sums['skipped'], 1),
-                'train/skipped_steps': self.sums['skipped']}
+def _train_metrics(sums: Mapping[str, float], learning_rate: float) -> dict[str, float]:
+    """Of the sums over the steps since the last report."""
+    examples = sums['examples'] or math.nan  # none if every step was skipped
+    return {'train/loss': sums['loss'] / examples, 'train/top1': sums['top1'] / examples,
+            'train/learning_rate': learning_rate, 'train/images_per_sec': sums['seen'] / sums['secs'],
+            'train/data_wait_fraction': min(1.0, sums['data_wait_secs'] / sums['secs']),
+            'train/grad_norm': sums['grad_norm'] / max(sums['steps'] - sums['skipped'], 1),
+            'train/skipped_steps': sums['skipped']}
 
 
 def _next_multiple(step: int, every: float) -> int:
     """The first step after `step` at which another whole number of `every` steps is done; `every` need not be whole."""
     count = int(step / every + 1e-9) + 1
     return max(step + 1, -int(-(count * every - 1e-6) // 1))
-
-
-def _restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: TrainState, now: Mapping[str, Any],
-                    allow_change: bool) -> None:
-    path = checkpoint.latest_valid(directory)
-    found = checkpoint.step_of(path) if path else -1
-    first_found = value_of_first_worker(strategy, found)
-    if found != first_found:
-        worker = describe_worker(strategy, strategy.cluster_resolver.task_id)
-        seen, first_seen = (f'step {step}' if step >= 0 else 'no checkpoint' for step in (found, first_found))
-        raise ConfigError(f'{worker} finds {seen} in {directory}, worker 0 {first_seen}: --workdir must name a '
-                          'directory that all workers share')
-    if path is None:
-        return
-    then = checkpoint.read_meta(path)
-    was, is_ = then['fingerprint'], now['fingerprint']
-    differences = [f'{key} was {was.get(key, "not set")}, is {is_.get(key, "not set")}'
-                   for key in sorted({*was, *is_}) if was.get(key) != is_.get(key)]
-    if differences and not allow_change:
-        raise ConfigError(f'{path} was made by another recipe: {"; ".join(differences)}. Take another --workdir, or '
-                          'bind train.allow_config_change = True')
-    state.restore(checkpoint.load(path, state.variables()))
-    logging.info('resuming from %s', path)
-    for key, value in now.items():
-        if key != 'fingerprint' and then.get(key) != value:
-            logging.warning('%s was %s, is %s: resume is exact in data, not in bits', key, then.get(key), value)
-
-
-def _environment(strategy: tf.distribute.Strategy) -> dict[str, Any]:
-    """What bits depend on, apart from the recipe."""
-    cpuinfo = Path('/proc/cpuinfo')
-    cpu = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
-    return {'tensorflow': tf.__version__, 'cpu': cpu[1] if cpu else platform.machine(),
-            'num_cpus': len(os.sched_getaffinity(0)), 'num_replicas': strategy.num_replicas_in_sync,
-            'threads': [tf.config.threading.get_inter_op_parallelism_threads(),
-                        tf.config.threading.get_intra_op_parallelism_threads()]}
 
 
 def _keep_best(directory: Path, step: int, results: Mapping[str, float], save: Callable,
@@ -233,6 +218,12 @@ def _undecodable(source: input_pipeline.Source, seed: int, end: int, count: int)
     index, reason = found
     return ConfigError(f'{source.where(index)} (example {index}) is no image that can be decoded: {reason}; repair it '
                        'or take it out, and run the same command again')
+
+
+def _is_evaluated(path: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the results of an evaluation at `step`."""
+    lines = map(json.loads, path.read_text(encoding='utf-8').splitlines() if path.exists() else [])
+    return any(line['step'] == step and 'eval/top1' in line for line in lines)
 
 
 def _last_metrics(path: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The command: absl flags -> configuration -> strategy -> mode. Turns a user's mistake into one line and exit code 2.
 
-Holds no configurable and no setting. Exit codes: 0 finished, 2 the user's mistake, 75 another worker is lost or a step
+Exit codes: 0 finished, 2 the user's mistake, 42 stopped by a signal and saved, 75 another worker is lost or a step
 hangs; anything else is a crash. The same command resumes. stdout carries results only; progress and logs go to stderr.
 """
 import json
@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -39,18 +40,20 @@ def main(argv: list[str]) -> int:
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS' own progress is of no use to the reader
     _import_tensorflow()
     from input_pipeline import DataError
+    from trainer.preemption import EXIT_STOPPED, StoppedEarly, StopSignals
     from trainer.recipe import ConfigError
     try:
-        _run()
+        with StopSignals() as signals:
+            _run(signals)
     except (ConfigError, DataError) as error:
         return _fail(next(iter(str(error).splitlines()), ''))
-    except KeyboardInterrupt:
-        print('\ninterrupted: the last checkpoint stays; the same command resumes', file=sys.stderr)
-        return 130
+    except StoppedEarly as stopped:
+        logging.info('%s: the same command resumes', stopped)
+        return EXIT_STOPPED
     return 0
 
 
-def _run() -> None:
+def _run(signals) -> None:
     import tensorflow as tf
 
     from trainer import config as config_module
@@ -61,8 +64,9 @@ def _run() -> None:
     if _FLAGS.workers or _FLAGS.worker_index is not None:
         _describe_cluster(_FLAGS.workers, _FLAGS.worker_index)
     strategy = config.build_strategy()
+    signals.install()
     try:
-        _run_mode(config, strategy, workdir)
+        _run_mode(config, strategy, workdir, signals)
     except tf.errors.OpError as error:
         reason = explain_lost_peer(strategy, error)
         if reason:
@@ -82,7 +86,7 @@ def _describe_cluster(workers: list[str], index: int | None) -> None:
     os.environ['TF_CONFIG'] = json.dumps({'cluster': {'worker': workers}, 'task': {'type': 'worker', 'index': index}})
 
 
-def _run_mode(config, strategy, workdir: Path) -> None:
+def _run_mode(config, strategy, workdir: Path, should_stop: Callable[[], bool]) -> None:
     import input_pipeline
     from trainer import config as config_module
     name, data_dir, prepare = _find_data(config.data)
@@ -105,7 +109,7 @@ def _run_mode(config, strategy, workdir: Path) -> None:
         (workdir / 'operative_config.gin').write_text(config_module.operative_text())
 
     train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
-          write_config=write_config, **common)
+          write_config=write_config, should_stop=should_stop, **common)
 
 
 def _find_data(data) -> tuple[str, str, bool]:

@@ -3,7 +3,8 @@
     init(params) -> slots
     update(grads, slots, params, learning_rate, step) -> (params, slots)
 
-params and grads: {path: float32 tensor}; slots: {slot name: {path: float32 tensor}}.
+params and grads: {path: float32 tensor}; slots: {slot name: {path: float32 tensor}}. A value out of range or of another
+type raises ConfigError.
 """
 import math
 from collections.abc import Callable
@@ -26,9 +27,6 @@ def sgd(*, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 
 
     g = grad + weight_decay * p for kernels (L2 added to the gradient), v = momentum * v + g,
     p -= learning_rate * (g + momentum * v if nesterov else v).
-
-    Raises:
-        ConfigError: momentum outside [0, 1), a negative weight decay, or a value of another type.
     """
     require(is_number(momentum, 0, 1), 'sgd.momentum', momentum, 'a number, at least 0 and below 1')
     require(is_number(weight_decay, 0), 'sgd.weight_decay', weight_decay, 'a number, at least 0')
@@ -62,9 +60,6 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
 
     Source: Tieleman and Hinton, "Neural Networks for Machine Learning", lecture 6.5, 2012; the kernel ApplyRMSProp of
     TensorFlow with the initial value of tf.compat.v1.train.RMSPropOptimizer; timm's RMSpropTF agrees.
-
-    Raises:
-        ConfigError: decay or momentum outside [0, 1), no positive epsilon, a negative weight decay, or another type.
     """
     for name, value in (('decay', decay), ('momentum', momentum)):
         require(is_number(value, 0, 1), f'rmsprop.{name}', value, 'a number, at least 0 and below 1')
@@ -100,9 +95,6 @@ def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
     Source: Kingma and Ba, "Adam", ICLR 2015, algorithm 1; Loshchilov and Hutter, "Decoupled weight decay
     regularization", ICLR 2019, algorithm 2, where the schedule alone scales the decay; here, as in PyTorch, the rate
     does.
-
-    Raises:
-        ConfigError: a beta outside (0, 1), no positive epsilon, a negative weight decay, or another type.
     """
     adam = _make_adam('adamw', beta_1, beta_2, epsilon, weight_decay)
 
@@ -129,9 +121,6 @@ def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6,
 
     Source: You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", ICLR 2020,
     algorithm 2; timm's Lamb.
-
-    Raises:
-        ConfigError: a beta outside (0, 1), no positive epsilon, a negative weight decay, or another type.
     """
     adam = _make_adam('lamb', beta_1, beta_2, epsilon, weight_decay)
 
@@ -196,14 +185,11 @@ def clip_adaptively(grads: Tensors, params: Tensors, clip_factor: float) -> Tens
     """Scales the gradient of each unit to a norm of at most clip_factor * max(norm of its parameters, 1e-3).
 
     A unit is what computes one output channel: one of the last axis of a kernel, in a depthwise kernel [k, k, C, 1] one
-    of C, and a bias, gamma or beta as a whole. The last layer, the classifier, is not clipped.
+    of C, and a bias, gamma or beta as a whole. The last layer of params, the classifier, is not clipped.
 
     Source: Brock et al., "High-performance large-scale image recognition without normalization", ICML 2021,
     section 4, for units and classifier too; timm's clip mode `agc` agrees.
-
-    Args:
-        grads, params: the same paths; the last of params belongs to the classifier.
-        clip_factor: lambda of the paper, which takes 0.01 for a batch of 4096 and more for smaller ones.
+    clip_factor is the paper's lambda: 0.01 for a batch of 4096 and more for smaller ones.
     """
     classifier = list(params)[-1].rsplit('/', 1)[0]
     clipped = {}

@@ -1,10 +1,12 @@
-"""Workers that are lost or hang: the others say which one, and end with exit code 75 within a bounded time.
+"""What ends a run before its time: a signal, or a worker that is lost or hangs.
 
-TensorFlow reports a peer that died as an error of some collective, and a peer that hangs not at all; a process that
-waits in a collective cannot be interrupted, only ended. Nothing is saved here: the last checkpoint is what is left.
+On a signal all workers save at one step and end with exit code 42. When one of them is lost or hangs, the others say
+which one and end with 75: TensorFlow reports a peer that died as an error of some collective, and one that hangs not at
+all, and a process that waits in a collective can only be ended; the last checkpoint is what is left.
 """
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,8 +17,64 @@ from tensorflow.python.eager import context  # the only way to ask whether a pee
 
 from trainer.strategy import describe_worker, is_multi_worker
 
-EXIT_PEER_LOST = 75
+EXIT_STOPPED, EXIT_PEER_LOST = 42, 75
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM is told to send
 _PROBE_SECS = 5.0  # what an answer may take
+
+
+class StoppedEarly(Exception):
+    """The run was asked to stop, and everything is saved."""
+
+
+class StopSignals:
+    """SIGTERM, SIGINT or SIGUSR1: calling the object tells whether one has come; a second one ends the process at once.
+
+    Used as a context, in the main thread. Before the first call nobody could save anything, and one signal ends the
+    process too. A signal that the process was started to ignore stays ignored.
+    """
+
+    def __init__(self):
+        self._is_asked = self._has_come = False
+
+    def __call__(self) -> bool:
+        self._is_asked = True
+        return self._has_come
+
+    def __enter__(self) -> 'StopSignals':
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before = {n: signal.getsignal(n) for n in _STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
+        self.install()
+        # Python calls its handlers only once TensorFlow has returned; this descriptor has the number at once.
+        self._fd_before = signal.set_wakeup_fd(self._writer)
+        threading.Thread(target=self._watch, name='stop signals', daemon=True).start()
+        return self
+
+    def install(self) -> None:
+        """To be called again after a strategy of many workers has been built, which takes SIGTERM for itself."""
+        for number in self._before:
+            signal.signal(number, lambda *_: None)
+            signal.siginterrupt(number, False)  # or a write of TensorFlow's could fail
+
+    def __exit__(self, *_) -> None:
+        signal.set_wakeup_fd(self._fd_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._writer)  # which ends the thread
+
+    def _watch(self) -> None:
+        with open(self._reader, 'rb', buffering=0) as reader:
+            while came := reader.read(1):
+                if came[0] not in self._before:
+                    continue
+                name = signal.Signals(came[0]).name
+                if not self._is_asked:
+                    _end(EXIT_STOPPED, f'{name}: nothing to save yet; the same command starts again')
+                if self._has_come:
+                    _end(128 + came[0], f'{name} again: the last checkpoint stays; the same command resumes')
+                self._has_come = True
+                print(f'\n{name}: stopping and saving at the end of this loop of steps (a second signal ends at once)',
+                      file=sys.stderr, flush=True)
 
 
 class Watchdog:
@@ -58,8 +116,9 @@ class Watchdog:
                 if secs > self._peer_timeout_secs:
                     leave(f'{describe_worker(self._strategy, peer)} has not answered for {secs:.0f} s')
             if waiting > self._step_timeout_secs:
-                leave(f'{_describe_this_worker(self._strategy)}: no step has returned for {waiting:.0f} s '
-                      '(train.step_timeout_secs)')
+                worker = (describe_worker(self._strategy, self._strategy.cluster_resolver.task_id)
+                          if is_multi_worker(self._strategy) else 'this process')
+                leave(f'{worker}: no step has returned for {waiting:.0f} s (train.step_timeout_secs)')
 
 
 def explain_lost_peer(strategy: tf.distribute.Strategy, error: tf.errors.OpError) -> str:
@@ -77,13 +136,13 @@ def explain_lost_peer(strategy: tf.distribute.Strategy, error: tf.errors.OpError
 
 def leave(message: str) -> NoReturn:
     """One line, and the end of the process: whatever waits for the lost peer would wait for ever."""
-    print(f'\nerror: {message}; nothing new was saved: run the same command again', file=sys.stderr, flush=True)
+    _end(EXIT_PEER_LOST, f'error: {message}; nothing new was saved: run the same command again')
+
+
+def _end(code: int, message: str) -> NoReturn:
+    print(f'\n{message}', file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(EXIT_PEER_LOST)
-
-
-def _describe_this_worker(strategy: tf.distribute.Strategy) -> str:
-    return describe_worker(strategy, strategy.cluster_resolver.task_id) if is_multi_worker(strategy) else 'this process'
+    os._exit(code)
 
 
 def _peers(strategy: tf.distribute.Strategy) -> list[int]:

@@ -1,7 +1,6 @@
 """The settings of a run as plain values: what `train.*` and `data.*` in a gin file mean, and which values are right.
 
-Responsible for names, defaults and validation. Knows nothing of gin (config.py) and does nothing. Apart from loop.py so
-that training and evaluation share one reading of the same settings.
+Apart from loop.py so that training and evaluation share one reading of the same settings.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +64,7 @@ class Train:
     eval_flip: bool = False  # logits are the mean of those of an image and of its mirror image: twice the time
     eval_precise_batch_norm: int = 0  # training batches to take statistics from before each evaluation; 0: the moving
     log_every_steps: int = 100
+    grace_secs: float = 30.0  # between a signal to stop and the end: a loop of steps and a save should take less
     step_timeout_secs: float = 3600.0  # ends the process with code 75 if no loop of steps returns for that long
     allow_config_change: bool = False  # resume although the recipe differs from the checkpoint's
 
@@ -97,8 +97,9 @@ class Train:
                 'None, or at least 0 and below 1')
         require(self.checkpoint_every_secs is None or is_number(self.checkpoint_every_secs, 0),
                 'train.checkpoint_every_secs', self.checkpoint_every_secs, 'None or seconds')
-        require(is_number(self.step_timeout_secs) and self.step_timeout_secs > 0, 'train.step_timeout_secs',
-                self.step_timeout_secs, 'a positive number of seconds')
+        for name in ('grace_secs', 'step_timeout_secs'):
+            value = getattr(self, name)
+            require(is_number(value) and value > 0, f'train.{name}', value, 'a positive number of seconds')
         require(is_number(self.eval_every_epochs) and self.eval_every_epochs > 0, 'train.eval_every_epochs',
                 self.eval_every_epochs, 'a positive number')
         require(self.image_sizes is None or _are_stages(self.image_sizes), 'train.image_sizes', self.image_sizes,

@@ -10,10 +10,8 @@ All of them share these arguments:
     rate_batch_size: the global batch that the rates are given for. All of them are multiplied by global_batch_size /
         rate_batch_size, the linear-scaling rule (Goyal et al. 2017, section 2.1). None: they are taken as they are.
 
-They return: step (integer scalar, 0 is the first) -> float32 scalar.
-
-They raise ConfigError: a warmup that does not end before the schedule does, a rate or a length that is negative or no
-number, an initial rate without a warmup, a batch size that is no positive integer.
+They return step (integer scalar, 0 is the first) -> float32 scalar, and raise ConfigError for a warmup that does not
+end before the schedule does, an initial rate without a warmup, or a value that is no positive number.
 """
 import math
 from collections.abc import Callable

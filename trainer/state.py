@@ -1,7 +1,4 @@
-"""TrainState: every variable of a run under a stable name. Checkpoints, evaluation and export are functions of it.
-
-Responsible for owning and naming. It computes nothing: step.py assigns, checkpoint.py reads and writes.
-"""
+"""TrainState: every variable of a run under a stable name. Checkpoints, evaluation and export are functions of it."""
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple

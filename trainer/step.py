@@ -40,18 +40,19 @@ def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.
     return strategy.distribute_datasets_from_function(dataset_fn)
 
 
-def value_of_first_worker(strategy: tf.distribute.Strategy, value: int) -> int:
-    """What the first worker calls this with, on every worker; all of them have to call it at the same point."""
+def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], int]:
+    """Makes sum_over_workers(value) -> the sum of what all workers call it with, each at the same point of the run."""
     if not is_multi_worker(strategy):
-        return value
+        return int
+    num_local = len(strategy.extended.worker_devices)
 
     def replica_value(value):
         replica = tf.distribute.get_replica_context()
-        own = tf.where(replica.replica_id_in_sync_group == 0, value, 0)
+        own = tf.where(replica.replica_id_in_sync_group % num_local == 0, value, 0)
         return replica.all_reduce(tf.distribute.ReduceOp.SUM, own)
 
-    values = tf.function(lambda value: strategy.run(replica_value, args=(value,)))(tf.constant(value, tf.int64))
-    return int(strategy.experimental_local_results(values)[0])
+    values = tf.function(lambda value: strategy.run(replica_value, args=(value,)))
+    return lambda value: int(strategy.experimental_local_results(values(tf.constant(value, tf.int64)))[0])
 
 
 def use_jit(jit: bool | str, strategy: tf.distribute.Strategy, sync_batch_norm: bool) -> bool:

@@ -1,7 +1,4 @@
-"""Telemetry: one report(step, {tag: value}) to metrics.jsonl, TensorBoard, and a progress line on stderr.
-
-Responsible for where numbers go, not for what they mean.
-"""
+"""Telemetry: one report(step, {tag: value}) to metrics.jsonl, TensorBoard, and a progress line on stderr."""
 import json
 import math
 import os
@@ -27,6 +24,7 @@ class Telemetry:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         self._workdir, self._clock, self._stream = workdir, clock, stream or sys.stderr
+        self._resumed_step = resumed_step
         _drop_lines_after(workdir / 'metrics.jsonl', resumed_step)
         self._file = open(workdir / 'metrics.jsonl', 'a', encoding='utf-8')
         self._writers = {}
@@ -77,6 +75,10 @@ class Telemetry:
 
     def _writer(self, kind: str) -> tf.summary.SummaryWriter:
         if kind not in self._writers:
+            with tf.Graph().as_default():  # TensorBoard drops what a run that ended later had written for later steps
+                start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
+                with tf.compat.v1.summary.FileWriter(str(self._workdir / kind)) as writer:
+                    writer.add_session_log(start, self._resumed_step + 1)
             self._writers[kind] = tf.summary.create_file_writer(str(self._workdir / kind))
         return self._writers[kind]
 

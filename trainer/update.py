@@ -16,12 +16,8 @@ def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
                 ema_decay: float | None) -> Callable[..., tuple[Values, tf.Tensor, tf.Tensor]]:
     """Makes update(values, grads, new_stats, step) -> (values, is_finite, gradient norm).
 
-    A gradient or statistic that is not finite leaves all values but the loss scale as they are.
-
-    Args:
-        update_fn: the optimizer's update, see optimizer.py.
-        schedule: step -> learning rate.
-        clip_norm, adaptive_clip, ema_decay: as in recipe.Train.
+    A gradient or statistic that is not finite leaves all values but the loss scale as they are. The arguments are those
+    of `step.make_train_loop`.
     """
     def update(values: Values, grads: Tensors, new_stats: Tensors, step: tf.Tensor):
         params, batch_stats, slots, ema, loss_scale = values

@@ -1,8 +1,4 @@
-"""Random access to encoded examples, whatever holds them.
-
-Responsible for choosing the source by name. It must not decode images or know about training.
-"""
-
+"""Random access to encoded examples, whatever holds them."""
 import difflib
 import os
 

@@ -1,9 +1,4 @@
-"""ArrayRecord shards as a source, through array_record's own random access.
-
-Responsible for reading records and taking image and label out of them. It must not index offsets: the format has its
-own.
-"""
-
+"""ArrayRecord shards as a source, through array_record's own random access."""
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,8 +1,4 @@
-"""A folder of image files, one folder a class, as a source.
-
-Responsible for listing and reading files. It must not open images.
-"""
-
+"""A folder of image files, one folder a class, as a source."""
 import os
 
 import numpy as np

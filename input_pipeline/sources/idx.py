@@ -1,9 +1,7 @@
 """Pixels in memory as a source: the four idx files of MNIST-like sets, and arrays.
 
-Responsible for reading idx and for giving pixels as PNG, so that every source yields encoded images and one way of
-decoding serves all. It must not compress: the PNG only wraps the pixels.
+Pixels are given as PNG, which only wraps them: every source yields encoded images, and one way of decoding serves all.
 """
-
 import gzip
 import os
 import struct

@@ -1,8 +1,4 @@
-"""The cache of what was learnt by reading a set of shards once.
-
-Responsible for where the cached arrays lie and whether they still hold. It must not know what they mean.
-"""
-
+"""The cache of what was learnt by reading a set of shards once."""
 import hashlib
 import json
 import logging

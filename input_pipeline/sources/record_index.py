@@ -1,15 +1,10 @@
 """The index of TFRecord shards: where the encoded image of each record lies, and its label.
 
-Responsible for making and checking that index. It must not decode images or give labels a meaning.
-
-The index points at the image bytes inside the record, so that reading an example is one ranged read and no parsing: a
-tf.train.Example is walked once, when the index is made.
-
-Checked when the index is made: the masked CRC of every record's length, that every record ends inside its file, that
-every record holds one image and one label. Not checked: the CRC of the payload, which would mean reading every byte; a
+The index points at the image bytes inside the record, so that reading an example is one ranged read and no parsing.
+Checked when it is made: the masked CRC of every record's length, that every record ends inside its file, that every
+record holds one image and one label. Not checked: the CRC of the payload, which would mean reading every byte; a
 damaged image shows when it is decoded.
 """
-
 import dataclasses
 import mmap
 import os

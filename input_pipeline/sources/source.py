@@ -1,8 +1,4 @@
-"""What a source of examples is, and the error that says why there is none.
-
-Responsible for these two types; the other modules of this package make sources. It must not know any file format.
-"""
-
+"""What a source of examples is, and the error that says why there is none."""
 import dataclasses
 from collections.abc import Callable, Sequence
 

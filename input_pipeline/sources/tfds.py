@@ -1,9 +1,4 @@
-"""Data sets that TFDS has prepared, as TFRecord or ArrayRecord, as a source.
-
-Responsible for finding the prepared files and what their features mean. It downloads or prepares nothing unless it is
-told to, but for the embedded data set `shapes`.
-"""
-
+"""Data sets that TFDS has prepared, as TFRecord or ArrayRecord, as a source."""
 import contextlib
 import difflib
 import fcntl

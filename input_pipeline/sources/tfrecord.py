@@ -1,9 +1,4 @@
-"""TFRecord shards with an index as a source, and the layout of bare shards.
-
-Responsible for finding the shards of a split, for reading images through the index and for the meaning of bare labels.
-It must not parse records (`record_index` does).
-"""
-
+"""TFRecord shards with an index as a source: finding the shards of a split, and what bare labels mean."""
 import logging
 import os
 import re

@@ -8,6 +8,7 @@ What takes minutes runs where LONG_TESTS is set:
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -64,7 +65,7 @@ def start_workers(start, recipe, folder, tmp_path):
 
 def finish(processes):
     """[(exit code, stderr)], for all of them together."""
-    results = [process.communicate(timeout=240) for process in processes]
+    results = [process.communicate(timeout=120) for process in processes]
     return [(process.returncode, stderr) for process, (_, stderr) in zip(processes, results)]
 
 
@@ -225,6 +226,16 @@ def test_a_lost_worker_is_named_and_the_same_command_resumes(way, start_workers,
     assert [code for code, _ in results] == [0, 0], results
     assert 'resuming from' in results[0][1]
     assert tensors(workdir, saved + 3)['step'] == saved + 3
+
+
+def test_a_signal_to_one_worker_stops_all_at_the_same_step(start_workers, tmp_path):
+    processes = start_workers(*ENDLESS, '--gin_param=train.max_steps=None')
+    wait_for_checkpoint(tmp_path / 'run', processes)
+    processes[1].send_signal(signal.SIGTERM)
+    results = finish(processes)
+    assert [code for code, _ in results] == [42, 42], results
+    steps = [re.search(r'stopped at step (\d+) of', stderr)[1] for _, stderr in results]
+    assert steps[0] == steps[1] and tensors(tmp_path / 'run', int(steps[0]))['step'] == int(steps[0])
 
 
 @long_test

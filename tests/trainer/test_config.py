@@ -344,7 +344,7 @@ LEFT_OUT = {'train.max_steps': '5', 'train.steps_per_loop': '5', 'train.jit': 'T
             'train.checkpoint_every_steps': '5', 'train.checkpoint_every_secs': '5', 'train.keep_checkpoints': '5',
             'train.log_every_steps': '5', 'train.eval_every_epochs': '5', 'train.eval_flip': 'True',
             'train.eval_precise_batch_norm': '5',
-            'train.step_timeout_secs': '5', 'train.allow_config_change': 'True',
+            'train.grace_secs': '5', 'train.step_timeout_secs': '5', 'train.allow_config_change': 'True',
             'data.default_dir': "'/elsewhere'", 'data.otherwise': "'shapes'", 'build_strategy.name': "'mirrored'",
             'build_strategy.num_devices': '2', 'build_strategy.op_threads': '1', 'build_strategy.timeout_secs': '5',
             'evaluate.checkpoint': "'best'", 'evaluate.weights': "'ema'"}

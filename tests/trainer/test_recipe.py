@@ -35,6 +35,7 @@ WRONG_TRAIN = {
     'eval_flip': ([0, 1, 'True', None], 'True or False'),
     'eval_precise_batch_norm': ([-1, 1.0, '5', None, True], 'a number of batches, or 0'),
     'log_every_steps': ([0, -1, 1.0, None, True], 'a positive integer'),
+    'grace_secs': ([0, -1, '60', None, True, float('inf')], 'a positive number of seconds'),
     'step_timeout_secs': ([0, -1, '60', None, True, float('inf')], 'a positive number of seconds'),
     'allow_config_change': ([0, 1, 'False', None], 'True or False'),
 }

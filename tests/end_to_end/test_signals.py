@@ -1,0 +1,150 @@
+"""A signal ends a run at a whole step with code 42, all of it saved, and the same command ends where it would have."""
+
+import functools
+import json
+import re
+import signal
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import trainer
+from trainer import loop
+from trainer.preemption import StoppedEarly
+
+NUM_STEPS = 160
+SLOW = ('--gin_param=train.epochs=31', f'--gin_param=train.max_steps={NUM_STEPS}',
+        '--gin_param=train.eval_every_epochs=16')
+
+
+@pytest.fixture
+def start_run(folder, recipe, start, tmp_path):
+    return lambda *flags: start(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "run"}', *flags)
+
+
+def wait_for(is_there, process, secs=120):
+    deadline = time.monotonic() + secs
+    while not is_there():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def tensors(workdir):
+    reader = tf.train.load_checkpoint(str(workdir / 'checkpoints'))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_run_at_a_step_that_is_saved(sent, start_run, tmp_path):
+    run = start_run(*SLOW)
+    wait_for((tmp_path / 'run/checkpoints/ckpt-00000004').exists, run)
+    run.send_signal(sent)
+    stdout, stderr = run.communicate(timeout=60)
+    assert (run.returncode, stdout) == (42, ''), stderr
+    assert f'{sent.name}: stopping and saving' in stderr and 'Traceback' not in stderr
+    step = int(re.search(r'stopped at step (\d+) of 160, and saved: the same command resumes', stderr)[1])
+    assert 4 <= step < NUM_STEPS
+    assert tensors(tmp_path / 'run')['step'] == step
+    if sent == signal.SIGTERM:
+        again = start_run(*SLOW)
+        assert again.wait(timeout=120) == 0 and f'ckpt-{step:08d}' in again.stderr.read()
+        assert tensors(tmp_path / 'run')['step'] == NUM_STEPS
+
+
+def test_a_second_signal_ends_at_once(start_run, tmp_path):
+    """Even amid a loop of steps that would go on for minutes."""
+    run = start_run(*SLOW)
+    wait_for((tmp_path / 'run/checkpoints/ckpt-00000004').exists, run)
+    run.send_signal(signal.SIGTERM)
+    run.wait(timeout=60)
+    endless = ('--gin_param=train.epochs=1e6', '--gin_param=train.allow_config_change=True',
+               *(f'--gin_param=train.{name}=1000000000' for name in
+                 ('max_steps', 'steps_per_loop', 'log_every_steps', 'checkpoint_every_steps', 'eval_every_epochs')))
+    run = start_run(*endless)
+    wait_for((tmp_path / 'run/operative_config.gin').exists, run)
+    lines = iter(run.stderr.readline, '')
+    assert any('training steps' in line for line in lines)
+    time.sleep(1)
+    run.send_signal(signal.SIGTERM)
+    assert any('SIGTERM: stopping and saving' in line for line in lines)
+    run.send_signal(signal.SIGTERM)
+    stderr = run.communicate(timeout=20)[1]
+    assert run.returncode == 128 + signal.SIGTERM and 'SIGTERM again: the last checkpoint stays' in stderr
+    assert tensors(tmp_path / 'run')['step'] < NUM_STEPS
+
+
+def test_a_signal_before_anything_is_trained_ends_at_once(start_run, tmp_path):
+    run = start_run(*SLOW)
+    assert any(line.startswith('workdir ') for line in iter(run.stderr.readline, ''))
+    run.send_signal(signal.SIGTERM)
+    stderr = run.communicate(timeout=20)[1]
+    assert run.returncode == 42 and 'SIGTERM: nothing to save yet' in stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_signal_that_the_process_was_told_to_ignore_is_ignored(start, tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run = start(f'--workdir={tmp_path}', '--gin_param=data.name="shapes"', '--gin_file=gin/quickstart.gin',
+                    f'--data_dir={tmp_path / "absent" / "x"}')
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert any(line.startswith('workdir ') for line in iter(run.stderr.readline, ''))
+    run.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert run.poll() is None
+    run.kill()
+    run.communicate()
+
+
+def linear_classifier():
+    images = keras.Input((8, 8, 3))
+    return keras.Model(images, keras.layers.Dense(3, name='classifier')(keras.layers.Flatten()(images)))
+
+
+def fit(workdir, monkeypatch, stop_at=None):
+    """Trains for 8 steps with evaluations of 2 batches after steps 3, 6 and 8; should_stop says so at its n-th call."""
+    calls = []
+
+    def should_stop():
+        calls.append(None)
+        return len(calls) == stop_at
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (24, 8, 8, 3), np.uint8), rng.integers(0, 3, 24)
+    keras.utils.set_random_seed(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, 'train', functools.partial(loop.train, should_stop=should_stop))
+        trainer.train(linear_classifier(), images, labels, epochs=8 / 3, global_batch_size=8, steps_per_loop=1,
+                      eval_data=(images[:13], labels[:13]), workdir=workdir, log_every_steps=1,
+                      peak_rate=1e-3)
+    return len(calls)
+
+
+def reports(workdir):
+    clock = {'time', 'train/images_per_sec', 'train/data_wait_fraction'}
+    return [{tag: value for tag, value in json.loads(line).items() if tag not in clock}
+            for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_wherever_it_is_stopped_it_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """Before the first step, after each, and within each evaluation, which is made anew."""
+    num_calls = fit(tmp_path / 'whole', monkeypatch)
+    whole = tensors(tmp_path / 'whole')
+    evaluated = [line for line in reports(tmp_path / 'whole') if 'eval/loss' in line]
+    assert [line['step'] for line in evaluated] == [3, 6, 8] and num_calls == 1 + 8 + 3
+    num_stopped = 0
+    for stop_at in range(1, num_calls + 1):
+        workdir = tmp_path / str(stop_at)
+        try:
+            fit(workdir, monkeypatch, stop_at)
+        except StoppedEarly:
+            num_stopped += 1
+            fit(workdir, monkeypatch)
+        for name, value in tensors(workdir).items():
+            np.testing.assert_array_equal(value, whole[name], err_msg=f'{name}, stopped at call {stop_at}')
+        assert reports(workdir) == reports(tmp_path / 'whole'), f'stopped at call {stop_at}'
+    assert num_stopped == num_calls
