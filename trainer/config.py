@@ -25,7 +25,6 @@ if not hasattr(gin, 'external_configurable'):
                       'in the repository, and see that gin/ has no __init__.py')
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEFAULTS = REPOSITORY / 'gin' / 'defaults.gin'
 gin.add_config_file_search_path(str(REPOSITORY))
 
 
@@ -88,7 +87,7 @@ def load(files: Sequence[str], params: Sequence[str]) -> Config:
             a value that is missing or wrong.
     """
     gin.clear_config()
-    for file in [str(DEFAULTS), *files]:
+    for file in [str(REPOSITORY / 'gin/defaults.gin'), *files]:
         path = _find_file(file)
         _parse(lambda path=path: gin.parse_config_file(path), file)
     for param in params:

@@ -111,7 +111,6 @@ class Train:
         require(not (self.sync_batch_norm and self.accumulate > 1), 'train.accumulate', self.accumulate,
                 '1 with train.sync_batch_norm, which takes statistics of the whole global batch at once')
 
-
     def image_size_at(self, step: int, steps_per_epoch: float) -> dict[str, int]:
         """{'image_size': pixels} from image_sizes, or nothing: then train_dataset's own counts."""
         sizes = [size for epoch, size in self.image_sizes or () if round(epoch * steps_per_epoch) <= step]
