@@ -7,7 +7,7 @@
 #   rest SECONDS           waits, shorter when the script is told to stop
 #   wait_for PID           waits for a process of this shell and leaves its exit code in $code
 #
-#   watch_signals          from here on SIGTERM, SIGINT and SIGHUP set $stopping, after which nothing is started again;
+#   watch_signals          from here on SIGTERM, SIGINT, SIGHUP and SIGUSR1 set $stopping, after which nothing is started again;
 #                          wait_for then calls on_stop, once, which the script defines
 
 max_restarts=10   # in a row
@@ -21,7 +21,7 @@ code=0
 severity=([0]=0 [42]=1 [75]=2 [1]=3 [2]=4)
 
 watch_signals() {
-  trap 'stopping=1' TERM HUP
+  trap 'stopping=1' TERM HUP USR1
   trap 'stopping=1 num_interrupts=$((num_interrupts + 1))' INT
 }
 

@@ -33,9 +33,11 @@ is_running() {
 
 stop_trainer() {
   local until=$((SECONDS + stop_secs))
-  ! is_running || note "stopping the trainer that runs here as process $(<"$pid_file")"
+  is_running || return 0
+  note "stopping the trainer that runs here as process $(<"$pid_file")"
+  kill -TERM "$(<"$pid_file")" || true  # once: a second signal would end it unsaved
   while is_running; do
-    if ((SECONDS < until)); then kill -TERM "$(<"$pid_file")"; else kill -KILL "$(<"$pid_file")"; fi || true
+    ((SECONDS < until)) || kill -KILL "$(<"$pid_file")" || true
     sleep 1
   done
 }

@@ -63,7 +63,7 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
             estimate_loop(open_batches(), tf.constant(precise_batches))
         iterator, sums = iter(batches), Counter()
         for first in range(0, num_batches, batches_per_loop):
-            if first and must_stop():
+            if must_stop():
                 return None
             part = eval_loop(iterator, tf.constant(min(batches_per_loop, num_batches - first)))
             sums.update({name: float(value) for name, value in part.items()})

@@ -4,7 +4,6 @@ Everything is validated before the workdir is touched; the host is touched once 
 """
 import contextlib
 import functools
-import json
 import logging
 import math
 import time
@@ -24,7 +23,7 @@ from trainer.resume import describe_environment, restore_latest
 from trainer.state import build_model_and_state
 from trainer.step import make_normalize, make_sum_over_workers, make_train_loop, use_jit
 from trainer.strategy import is_chief
-from trainer.telemetry import Telemetry, progress_line
+from trainer.telemetry import Telemetry, progress_line, read_reports
 
 
 def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, train_source: input_pipeline.Source,
@@ -75,11 +74,13 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         return eval_source is not None and step in (_next_multiple(step - 1, eval_every_steps), last_step)
 
     # A run that was stopped on its way through an evaluation has saved without its results.
-    is_eval_due = step > 0 and is_eval_step(step) and not _is_evaluated(workdir / 'metrics.jsonl', step)
-    is_eval_due = sum_over_workers(int(is_eval_due and is_writer)) > 0
+    reports = [found for _, found in read_reports(workdir / 'metrics.jsonl') if found['step'] <= step]
+    is_evaluated = any(found['step'] == step and 'eval/top1' in found for found in reports)
+    is_eval_due = sum_over_workers(int(is_writer and step > 0 and is_eval_step(step) and not is_evaluated)) > 0
+    final = {tag: value for found in reports for tag, value in found.items() if '/' in tag}
     if step >= last_step and not is_eval_due:
         logging.info('finished: %s holds step %d of %d; nothing to do', workdir, step, last_step)
-        return _last_metrics(workdir / 'metrics.jsonl')
+        return final
 
     # ---- What runs on the devices ----
     jit = use_jit(settings.jit, strategy, settings.sync_batch_norm)
@@ -105,7 +106,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         write_config(workdir)
     telemetry = Telemetry(workdir if is_writer else None, step)
     save = functools.partial(checkpoint.save, variables=state.variables()) if is_writer else lambda *_, **__: None
-    saved_at, reported, final, loops = time.monotonic(), Counter(), {}, 0
+    saved_at, reported, is_traced = time.monotonic(), Counter(), False
     logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, last_step, num_steps, steps_per_epoch)
 
     def must_stop() -> bool:  # asked by all workers at the same points, and answered alike
@@ -121,10 +122,10 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             results |= {f'{kind}/{name}': value for name, value in found.items()}
         watchdog.heard()
         final.update(results)
+        if is_writer:  # before the report, without which a run that is killed in between evaluates again
+            _keep_best(workdir / 'best', step, results, save, meta)
         telemetry.report(step, results)
         telemetry.progress(_eval_line(step, results, time.perf_counter() - started), is_lasting=True)
-        if is_writer:
-            _keep_best(workdir / 'best', step, results, save, meta)
         return True
 
     with contextlib.closing(telemetry), Watchdog(strategy, settings.step_timeout_secs) as watchdog:
@@ -141,17 +142,17 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             watchdog.heard()
             secs = time.perf_counter() - started
             reported.update(sums | {'steps': until - step, 'secs': secs})
-            if secs > settings.grace_secs and loops == 1:  # not the first, which is traced and compiled
+            if secs > settings.grace_secs and is_traced:
                 logging.warning('a loop of %d steps took %.0f s; a signal to stop is obeyed after it, within '
                                 'train.grace_secs = %g: train.steps_per_loop should be at most %d', until - step, secs,
                                 settings.grace_secs, max(1, (until - step) * settings.grace_secs / secs))
-            loops += 1
+            is_traced = True
             if round(sums['seen']) < (until - step) * rows:
                 raise _undecodable(train_source, settings.seed, end=int(state.position.numpy()),
                                    count=(until - step) * rows)
             step = until
             if step in resizes:
-                batches = open_batches()  # the loop is traced again, once a size
+                batches, is_traced = open_batches(), False  # the loop is traced again, once a size
 
             metrics = _train_metrics(reported, float(schedule(tf.constant(step - 1))))
             if state.loss_scale:
@@ -166,11 +167,13 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             # Saved after the evaluation, so that a run that is killed in it evaluates again.
             is_stopping = must_stop()
             is_evaluated = not is_eval_step(step) or not is_stopping and evaluate_and_keep_best()
-            is_stopping = is_stopping or not is_evaluated
+            is_stopping = is_stopping or not is_evaluated or is_eval_step(step) and must_stop()
             is_due = time.monotonic() - saved_at >= (settings.checkpoint_every_secs or float('inf'))
             if step == last_step or is_due or is_stopping or step % settings.checkpoint_every_steps == 0:
                 save(workdir / 'checkpoints', step, meta=meta, keep=settings.keep_checkpoints)
                 saved_at = time.monotonic()
+            if is_stopping or step == last_step:
+                sum_over_workers(0)  # nobody leaves before it is saved
             if is_stopping and not (step == last_step and is_evaluated):
                 raise StoppedEarly(f'stopped at step {step} of {last_step}, and saved')
     return final
@@ -218,16 +221,3 @@ def _undecodable(source: input_pipeline.Source, seed: int, end: int, count: int)
     index, reason = found
     return ConfigError(f'{source.where(index)} (example {index}) is no image that can be decoded: {reason}; repair it '
                        'or take it out, and run the same command again')
-
-
-def _is_evaluated(path: Path, step: int) -> bool:
-    """Whether metrics.jsonl has the results of an evaluation at `step`."""
-    lines = map(json.loads, path.read_text(encoding='utf-8').splitlines() if path.exists() else [])
-    return any(line['step'] == step and 'eval/top1' in line for line in lines)
-
-
-def _last_metrics(path: Path) -> dict[str, float]:
-    metrics = {}
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        metrics.update(json.loads(line))
-    return {tag: value for tag, value in metrics.items() if '/' in tag}

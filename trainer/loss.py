@@ -3,7 +3,7 @@ import tensorflow as tf
 
 
 def smoothed_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, label_smoothing: float = 0.0) -> tf.Tensor:
-    """Cross-entropy in nats against (1 - s) * one_hot(label) + s / num_classes.
+    """Cross-entropy in nats, float32 [B], against (1 - s) * one_hot(label) + s / num_classes.
 
     Source: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7.
 
@@ -11,9 +11,6 @@ def smoothed_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, label_smoothing
         logits: float32 [B, num_classes].
         labels: int32 [B], 0 <= label < num_classes.
         label_smoothing: s, in [0, 1).
-
-    Returns:
-        float32 [B].
     """
     log_probabilities = tf.nn.log_softmax(logits)
     loss = -tf.gather(log_probabilities, labels, batch_dims=1)

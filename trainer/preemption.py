@@ -18,7 +18,7 @@ from tensorflow.python.eager import context  # the only way to ask whether a pee
 from trainer.strategy import describe_worker, is_multi_worker
 
 EXIT_STOPPED, EXIT_PEER_LOST = 42, 75
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM is told to send
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # srun hands the last one on
 _PROBE_SECS = 5.0  # what an answer may take
 
 
@@ -73,8 +73,7 @@ class StopSignals:
                 if self._has_come:
                     _end(128 + came[0], f'{name} again: the last checkpoint stays; the same command resumes')
                 self._has_come = True
-                print(f'\n{name}: stopping and saving at the end of this loop of steps (a second signal ends at once)',
-                      file=sys.stderr, flush=True)
+                _say(f'{name}: stopping and saving at the end of this loop of steps (a second signal ends at once)')
 
 
 class Watchdog:
@@ -140,9 +139,16 @@ def leave(message: str) -> NoReturn:
 
 
 def _end(code: int, message: str) -> NoReturn:
-    print(f'\n{message}', file=sys.stderr, flush=True)
+    _say(message)
     sys.stdout.flush()
     os._exit(code)
+
+
+def _say(message: str) -> None:
+    try:
+        print(f'\n{message}', file=sys.stderr, flush=True)
+    except OSError:  # who read it has ended, as `tee` does on Ctrl-C: nobody listens from here on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _peers(strategy: tf.distribute.Strategy) -> list[int]:

@@ -1,4 +1,5 @@
 """Telemetry: one report(step, {tag: value}) to metrics.jsonl, TensorBoard, and a progress line on stderr."""
+import contextlib
 import json
 import math
 import os
@@ -57,11 +58,15 @@ class Telemetry:
         if self._is_live:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where nobody set a size
             shown = text if is_lasting else text[:max(1, width - 1)]
-            self._stream.write('\r' + shown.ljust(self._live_width) + ('\n' if is_lasting else ''))
+            text = '\r' + shown.ljust(self._live_width) + ('\n' if is_lasting else '')
             self._live_width = 0 if is_lasting else len(shown)
         elif is_lasting:
-            self._stream.write(text + '\n')
-        self._stream.flush()
+            text += '\n'
+        try:
+            self._stream.write(text if self._is_live or is_lasting else '')
+            self._stream.flush()
+        except OSError:  # who read it has ended, as `tee` does on Ctrl-C: the run goes on to its checkpoint
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def close(self) -> None:
         """Flushes and closes everything; leaves the terminal on a new line."""
@@ -93,18 +98,20 @@ def progress_line(*, step: int, num_steps: int, metrics: Mapping[str, float], et
             f'ETA {hours}:{seconds // 60:02d}:{seconds % 60:02d}')
 
 
+def read_reports(path: Path) -> list[tuple[str, dict]]:
+    """Lines of metrics.jsonl and what they say; without those that report() did not finish."""
+    reports = []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found = json.loads(line) if line.endswith('\n') else None
+            reports += [(line, found)] if isinstance(found, dict) and isinstance(found.get('step'), int) else []
+    return reports
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     """Takes out reports of steps that a resumed run makes again, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    kept, lines = [], path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
-    for line in lines:
-        try:
-            if line.endswith('\n') and json.loads(line)['step'] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # not a line that report() finished
-    if len(kept) < len(lines):
+    kept = ''.join(line for line, found in read_reports(path) if found['step'] <= step).encode()
+    if path.exists() and kept != path.read_bytes():
         aside = path.with_suffix('.writing')
-        aside.write_text(''.join(kept), encoding='utf-8')
+        aside.write_bytes(kept)
         aside.replace(path)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import signal
 import time
@@ -16,6 +17,7 @@ from trainer import loop
 from trainer.preemption import StoppedEarly
 
 NUM_STEPS = 160
+CLOCK = {'time', 'train/images_per_sec', 'train/data_wait_fraction'}
 SLOW = ('--gin_param=train.epochs=31', f'--gin_param=train.max_steps={NUM_STEPS}',
         '--gin_param=train.eval_every_epochs=16')
 
@@ -64,7 +66,6 @@ def test_a_second_signal_ends_at_once(start_run, tmp_path):
                *(f'--gin_param=train.{name}=1000000000' for name in
                  ('max_steps', 'steps_per_loop', 'log_every_steps', 'checkpoint_every_steps', 'eval_every_epochs')))
     run = start_run(*endless)
-    wait_for((tmp_path / 'run/operative_config.gin').exists, run)
     lines = iter(run.stderr.readline, '')
     assert any('training steps' in line for line in lines)
     time.sleep(1)
@@ -100,6 +101,16 @@ def test_a_signal_that_the_process_was_told_to_ignore_is_ignored(start, tmp_path
     run.communicate()
 
 
+def test_a_run_whose_stderr_is_gone_saves_and_stops(folder, recipe, start, tmp_path):
+    """As under `2>&1 | tee log`, when Ctrl-C ends tee too."""
+    run = start(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "run"}', *SLOW)
+    wait_for((tmp_path / 'run/checkpoints/ckpt-00000004').exists, run)
+    run.stderr.close()
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 42
+    assert tensors(tmp_path / 'run')['step'] < NUM_STEPS
+
+
 def linear_classifier():
     images = keras.Input((8, 8, 3))
     return keras.Model(images, keras.layers.Dense(3, name='classifier')(keras.layers.Flatten()(images)))
@@ -118,33 +129,33 @@ def fit(workdir, monkeypatch, stop_at=None):
     keras.utils.set_random_seed(1)
     with monkeypatch.context() as patch:
         patch.setattr(loop, 'train', functools.partial(loop.train, should_stop=should_stop))
-        trainer.train(linear_classifier(), images, labels, epochs=8 / 3, global_batch_size=8, steps_per_loop=1,
-                      eval_data=(images[:13], labels[:13]), workdir=workdir, log_every_steps=1,
-                      peak_rate=1e-3)
-    return len(calls)
+        result = trainer.train(linear_classifier(), images, labels, epochs=8 / 3, global_batch_size=8, steps_per_loop=1,
+                               eval_data=(images[:13], labels[:13]), workdir=workdir, log_every_steps=1,
+                               peak_rate=1e-3)
+    return len(calls), {tag: value for tag, value in result.items() if tag not in CLOCK}
 
 
 def reports(workdir):
-    clock = {'time', 'train/images_per_sec', 'train/data_wait_fraction'}
-    return [{tag: value for tag, value in json.loads(line).items() if tag not in clock}
+    return [{tag: value for tag, value in json.loads(line).items() if tag not in CLOCK}
             for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
 def test_wherever_it_is_stopped_it_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     """Before the first step, after each, and within each evaluation, which is made anew."""
-    num_calls = fit(tmp_path / 'whole', monkeypatch)
+    num_calls, of_whole = fit(tmp_path / 'whole', monkeypatch)
     whole = tensors(tmp_path / 'whole')
     evaluated = [line for line in reports(tmp_path / 'whole') if 'eval/loss' in line]
-    assert [line['step'] for line in evaluated] == [3, 6, 8] and num_calls == 1 + 8 + 3
+    assert [line['step'] for line in evaluated] == [3, 6, 8] and num_calls == 1 + 8 + 3 * (2 + 1)
     num_stopped = 0
     for stop_at in range(1, num_calls + 1):
         workdir = tmp_path / str(stop_at)
         try:
-            fit(workdir, monkeypatch, stop_at)
+            _, result = fit(workdir, monkeypatch, stop_at)
         except StoppedEarly:
             num_stopped += 1
-            fit(workdir, monkeypatch)
+            _, result = fit(workdir, monkeypatch)
         for name, value in tensors(workdir).items():
             np.testing.assert_array_equal(value, whole[name], err_msg=f'{name}, stopped at call {stop_at}')
         assert reports(workdir) == reports(tmp_path / 'whole'), f'stopped at call {stop_at}'
-    assert num_stopped == num_calls
+        assert result == of_whole and os.listdir(workdir / 'best') == os.listdir(tmp_path / 'whole/best')
+    assert num_stopped == num_calls - 1  # asked once more when all was done

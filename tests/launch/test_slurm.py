@@ -8,12 +8,14 @@ import pytest
 
 SCRIPT = 'launch/slurm.sbatch'
 
-# Runs the command as two tasks, hands SIGTERM on to them and ends with the highest of their codes, as srun does.
+# Runs the command as two tasks and ends with the highest of their codes; hands SIGUSR1 on to them and kills them on
+# SIGTERM, as srun does.
 SRUN = """
 while [[ $1 == --* ]]; do shift; done
 tasks=() highest=0
 for i in 0 1; do SLURM_PROCID=$i "$@" & tasks+=($!); done
-trap 'kill -TERM "${tasks[@]}"' TERM
+trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'kill -KILL "${tasks[@]}"' TERM
 for task in "${tasks[@]}"; do
   while kill -0 "$task" 2>/dev/null; do wait "$task" || true; done
   code=0

@@ -64,7 +64,8 @@ def test_the_trainer_finds_the_tpu_before_python_starts(vm):
 
 def start_trainer(vm):
     log = vm.directory / 'trainers'
-    vm.trainer(w_1=f"trap ': > {log}/saved; exit 42' TERM; : > {log}/ready; while :; do sleep 0.02; done",
+    vm.trainer(w_1=f"trap 'trap \"exit 143\" TERM; sleep 2; : > {log}/saved; exit 42' TERM; : > {log}/ready; "
+                   'while :; do sleep 0.02; done',
                other=f'[ ! -e {log}/saved ] || exit 0; exit 1')
     process = vm.start('launch/tpu_worker.sh', 'run')
     vm.wait(process, log / 'ready')

@@ -103,6 +103,8 @@ def test_lines_after_the_resumed_step_are_made_again(workdir):
     second.report(30, TRAIN)
     second.close()
     assert [line['step'] for line in lines(workdir)] == [10, 10, 20, 20, 30]
+    # TensorBoard drops what stood after the resumed step: nothing stands twice.
+    assert [step for step, _ in events(workdir / 'train')['train/loss']] == [10, 20, 30]
     assert sorted(path.name for path in workdir.iterdir()) == ['eval', 'metrics.jsonl', 'train']
 
 
