@@ -8,10 +8,11 @@ import os
 import select
 import struct
 import termios
+import time
 
 import pytest
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from trainer.telemetry import Telemetry, progress_line
 
@@ -40,7 +41,7 @@ def lines(workdir):
 
 def events(directory):
     """{tag: [(step, value), ...]} as TensorBoard has it."""
-    accumulator = EventAccumulator(str(directory), size_guidance={'tensors': 0})
+    accumulator = EventAccumulator(str(directory), tensor_size_guidance={'scalars': 0})
     accumulator.Reload()
     return {tag: [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in accumulator.Tensors(tag)]
             for tag in accumulator.Tags()['tensors']}
@@ -98,6 +99,7 @@ def test_lines_after_the_resumed_step_are_made_again(workdir):
         first.report(step, TRAIN)
         first.report(step, EVAL)
     first.close()
+    time.sleep(1.1)  # event files are read in the order of their names, which hold whole seconds
     second = build(workdir, resumed_step=20)
     assert [line['step'] for line in lines(workdir)] == [10, 10, 20, 20]
     second.report(30, TRAIN)
