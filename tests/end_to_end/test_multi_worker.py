@@ -65,7 +65,7 @@ def start_workers(start, recipe, folder, tmp_path):
 
 def finish(processes):
     """[(exit code, stderr)], for all of them together."""
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=240) for process in processes]
     return [(process.returncode, stderr) for process, (_, stderr) in zip(processes, results)]
 
 
@@ -166,9 +166,9 @@ def test_any_number_of_replicas_computes_what_one_device_does(who, start_workers
     of_one = reference(*flags)
     one = tensors(of_one)
     assert one['step'] == NUM_STEPS and one['position'] == NUM_STEPS * ROWS
-    for step in (1, NUM_STEPS):
-        assert relative_difference(tensors(workdir, step), tensors(of_one, step), 'params/') < 1e-5
-    assert relative_difference(tensors(of_one, NUM_STEPS - 8), one, 'params/') > 1e-4  # what eight steps have done
+    moved = relative_difference(tensors(of_one, 1), one, 'params/')  # by all steps, in the first of which the rate is 0
+    assert moved > 5e-5 and relative_difference(tensors(workdir), one, 'params/') < min(1e-5, 0.2 * moved)
+    assert relative_difference(tensors(workdir, 1), tensors(of_one, 1), 'params/') == 0
     assert relative_difference(tensors(workdir, 1), tensors(of_one, 1), 'batch_stats/') < 1e-6
     assert (workdir / 'best').is_dir() and (workdir / 'config.gin').is_file()
 
