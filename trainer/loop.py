@@ -65,7 +65,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     model, state, update = build_model_and_state(settings, strategy, num_classes)
     meta = {'fingerprint': {**fingerprint, 'number of training examples': str(num_examples)},
             **describe_environment(strategy)}
-    restore_latest(workdir / 'checkpoints', strategy, state, meta, settings.allow_config_change)
+    resumed = restore_latest(workdir / 'checkpoints', strategy, state, meta, settings.allow_config_change)
     step, is_writer = int(state.step.numpy()), is_chief(strategy)  # all workers compute the same; one writes it down
     sum_over_workers = make_sum_over_workers(strategy)
     eval_every_steps = settings.eval_every_epochs * steps_per_epoch
@@ -106,7 +106,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         write_config(workdir)
     telemetry = Telemetry(workdir if is_writer else None, step)
     save = functools.partial(checkpoint.save, variables=state.variables()) if is_writer else lambda *_, **__: None
-    saved_at, reported, is_traced = time.monotonic(), Counter(), False
+    saved_at, reported, is_traced = time.monotonic(), Counter(resumed.get('pending', {})), False
     logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, last_step, num_steps, steps_per_epoch)
 
     def must_stop() -> bool:  # asked by all workers at the same points, and answered alike
@@ -170,7 +170,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             is_stopping = is_stopping or not is_evaluated or is_eval_step(step) and must_stop()
             is_due = time.monotonic() - saved_at >= (settings.checkpoint_every_secs or float('inf'))
             if step == last_step or is_due or is_stopping or step % settings.checkpoint_every_steps == 0:
-                save(workdir / 'checkpoints', step, meta=meta, keep=settings.keep_checkpoints)
+                save(workdir / 'checkpoints', step, meta=meta | {'pending': reported}, keep=settings.keep_checkpoints)
                 saved_at = time.monotonic()
             if is_stopping or step == last_step:
                 sum_over_workers(0)  # nobody leaves before it is saved

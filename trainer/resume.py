@@ -20,8 +20,8 @@ from trainer.strategy import describe_worker, is_chief
 
 
 def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: TrainState, now: Mapping[str, Any],
-                   allow_change: bool) -> None:
-    """Restores `state` from the newest whole checkpoint in `directory`, if there is one.
+                   allow_change: bool) -> dict[str, Any]:
+    """Restores `state` from the newest whole checkpoint in `directory`, if there is one, and returns its meta, or {}.
 
     `now` has the 'fingerprint', which must be the checkpoint's unless `allow_change`, and what else bits depend on.
 
@@ -37,7 +37,7 @@ def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: Tra
         raise ConfigError(f'{worker} finds {seen} in {directory}, worker 0 {first_seen}: --workdir must name a '
                           'directory that all workers share')
     if path is None:
-        return
+        return {}
     then = checkpoint.read_meta(path)
     was, is_ = then['fingerprint'], now['fingerprint']
     differences = [f'{key} was {was.get(key, "not set")}, is {is_.get(key, "not set")}'
@@ -50,6 +50,7 @@ def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: Tra
     for key, value in now.items():
         if key != 'fingerprint' and then.get(key) != value:
             logging.warning('%s was %s, is %s: resume is exact in data, not in bits', key, then.get(key), value)
+    return then
 
 
 def describe_environment(strategy: tf.distribute.Strategy) -> dict[str, Any]:

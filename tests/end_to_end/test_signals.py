@@ -130,7 +130,7 @@ def fit(workdir, monkeypatch, stop_at=None):
     with monkeypatch.context() as patch:
         patch.setattr(loop, 'train', functools.partial(loop.train, should_stop=should_stop))
         result = trainer.train(linear_classifier(), images, labels, epochs=8 / 3, global_batch_size=8, steps_per_loop=1,
-                               eval_data=(images[:13], labels[:13]), workdir=workdir, log_every_steps=1,
+                               eval_data=(images[:13], labels[:13]), workdir=workdir, log_every_steps=2,
                                peak_rate=1e-3)
     return len(calls), {tag: value for tag, value in result.items() if tag not in CLOCK}
 
