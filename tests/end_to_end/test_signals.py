@@ -22,6 +22,14 @@ SLOW = ('--gin_param=train.epochs=31', f'--gin_param=train.max_steps={NUM_STEPS}
         '--gin_param=train.eval_every_epochs=16')
 
 
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored():
+    """A shell starts its background jobs with SIGINT ignored, and what is ignored is inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def start_run(folder, recipe, start, tmp_path):
     return lambda *flags: start(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "run"}', *flags)
@@ -39,7 +47,7 @@ def tensors(workdir):
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGUSR1])  # SIGINT: below
 def test_a_signal_ends_the_run_at_a_step_that_is_saved(sent, start_run, tmp_path):
     run = start_run(*SLOW)
     wait_for((tmp_path / 'run/checkpoints/ckpt-00000004').exists, run)
@@ -56,14 +64,9 @@ def test_a_signal_ends_the_run_at_a_step_that_is_saved(sent, start_run, tmp_path
         assert tensors(tmp_path / 'run')['step'] == NUM_STEPS
 
 
-def test_a_second_signal_ends_at_once(start_run, tmp_path):
+def test_a_second_signal_ends_at_once(start_run):
     """Even amid a loop of steps that would go on for minutes."""
-    run = start_run(*SLOW)
-    wait_for((tmp_path / 'run/checkpoints/ckpt-00000004').exists, run)
-    run.send_signal(signal.SIGTERM)
-    run.wait(timeout=60)
-    endless = ('--gin_param=train.epochs=1e6', '--gin_param=train.allow_config_change=True',
-               *(f'--gin_param=train.{name}=1000000000' for name in
+    endless = ('--gin_param=train.epochs=1e6', *(f'--gin_param=train.{name}=1000000000' for name in
                  ('max_steps', 'steps_per_loop', 'log_every_steps', 'checkpoint_every_steps', 'eval_every_epochs')))
     run = start_run(*endless)
     lines = iter(run.stderr.readline, '')
@@ -74,7 +77,6 @@ def test_a_second_signal_ends_at_once(start_run, tmp_path):
     run.send_signal(signal.SIGTERM)
     stderr = run.communicate(timeout=20)[1]
     assert run.returncode == 128 + signal.SIGTERM and 'SIGTERM again: the last checkpoint stays' in stderr
-    assert tensors(tmp_path / 'run')['step'] < NUM_STEPS
 
 
 def test_a_signal_before_anything_is_trained_ends_at_once(start_run, tmp_path):
