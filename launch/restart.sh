@@ -7,8 +7,8 @@
 #   rest SECONDS           waits, shorter when the script is told to stop
 #   wait_for PID           waits for a process of this shell and leaves its exit code in $code
 #
-#   watch_signals          from here on SIGTERM, SIGINT, SIGHUP and SIGUSR1 set $stopping, after which nothing is started again;
-#                          wait_for then calls on_stop, once, which the script defines
+#   watch_signals          from here on SIGTERM, SIGINT, SIGHUP and SIGUSR1 set $stopping, after which nothing is
+#                          started again; wait_for then calls on_stop, once, which the script defines
 
 max_restarts=10   # in a row
 settled_secs=600  # who ran this long got somewhere: the count begins anew

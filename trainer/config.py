@@ -58,8 +58,8 @@ _CONFIGURABLES = {name: gin.external_configurable(target, name, denylist=_GIVEN.
 _MACRO = 'gin.macro'
 # A resumed run may differ in these: they say where, how often or how fast, not what is computed.
 _NOT_IN_FINGERPRINT = re.compile(
-    r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise)|'
-    r'train\.(steps_per_loop|jit|max_steps|checkpoint_.*|keep_.*|log_.*|eval_.*|grace_secs|step_timeout_secs|allow_config_change)')
+    r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise)|train\.(steps_per_loop|jit|max_steps|'
+    r'checkpoint_.*|keep_.*|log_.*|eval_.*|grace_secs|step_timeout_secs|allow_config_change)')
 
 
 class Config(NamedTuple):

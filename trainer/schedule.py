@@ -11,7 +11,7 @@ All of them share these arguments:
         rate_batch_size, the linear-scaling rule (Goyal et al. 2017, section 2.1). None: they are taken as they are.
 
 They return step (integer scalar, 0 is the first) -> float32 scalar, and raise ConfigError for a warmup that does not
-end before the schedule does, an initial rate without a warmup, or a value that is no positive number.
+end before the schedule does, an initial rate without a warmup, or a value that is negative or no number.
 """
 import math
 from collections.abc import Callable

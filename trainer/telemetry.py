@@ -53,17 +53,17 @@ class Telemetry:
 
     def progress(self, text: str, *, is_lasting: bool) -> None:
         """Shows one line: on a terminal over the last one unless `is_lasting`; elsewhere only if it is."""
-        if self.is_silent:
+        if self.is_silent or not (self._is_live or is_lasting):
             return
         if self._is_live:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where nobody set a size
             shown = text if is_lasting else text[:max(1, width - 1)]
             text = '\r' + shown.ljust(self._live_width) + ('\n' if is_lasting else '')
             self._live_width = 0 if is_lasting else len(shown)
-        elif is_lasting:
+        else:
             text += '\n'
         try:
-            self._stream.write(text if self._is_live or is_lasting else '')
+            self._stream.write(text)
             self._stream.flush()
         except OSError:  # who read it has ended, as `tee` does on Ctrl-C: the run goes on to its checkpoint
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

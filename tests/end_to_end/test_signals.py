@@ -103,9 +103,9 @@ def test_a_signal_that_the_process_was_told_to_ignore_is_ignored(start, tmp_path
     run.communicate()
 
 
-def test_a_run_whose_stderr_is_gone_saves_and_stops(folder, recipe, start, tmp_path):
+def test_a_run_whose_stderr_is_gone_saves_and_stops(start_run, tmp_path):
     """As under `2>&1 | tee log`, when Ctrl-C ends tee too."""
-    run = start(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "run"}', *SLOW)
+    run = start_run(*SLOW)
     wait_for((tmp_path / 'run/checkpoints/ckpt-00000004').exists, run)
     run.stderr.close()
     run.send_signal(signal.SIGINT)
