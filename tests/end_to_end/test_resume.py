@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from workdir_reader import assert_equal_bits, reports, tensors
 
 NUM_STEPS, BATCH, NUM_TRAIN, NUM_EVAL = 13, 8, 42, 21  # of conftest's recipe and folder
 TRAIN_TAGS = {'train/loss', 'train/top1', 'train/learning_rate', 'train/images_per_sec', 'train/data_wait_fraction',
@@ -15,19 +16,6 @@ EVAL_TAGS = {'eval/loss', 'eval/top1', 'eval/top5', 'eval/examples'}
 # Together with dropout, which is 0.2 in both, everything that could keep a state of its own.
 ONE_DEVICE = ('--gin_param=train.ema_decay=0.9', '--gin_param=train.image_sizes=((0, 24), (1, 32))')
 REPLICAS = ("--gin_param=build_strategy.name='mirrored'", '--gin_param=build_strategy.num_devices=2')
-
-
-def tensors(workdir):
-    """All tensors of the last checkpoint, read by TensorFlow alone."""
-    reader = tf.train.load_checkpoint(str(workdir / 'checkpoints'))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-
-
-def assert_equal_bits(workdir, other):
-    a, b = tensors(workdir), tensors(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
 
 
 def assert_whole(workdir, eval_kinds=('eval',)):
@@ -51,13 +39,6 @@ def assert_whole(workdir, eval_kinds=('eval',)):
         assert line['eval/examples'] == NUM_EVAL
     for name in ('config.gin', 'operative_config.gin', 'train', 'eval', 'checkpoints', 'best'):
         assert (workdir / name).exists()
-
-
-def reports(workdir):
-    """The lines of metrics.jsonl but for what the clock puts there."""
-    clock = {'time', 'train/images_per_sec', 'train/data_wait_fraction'}
-    return [{tag: value for tag, value in json.loads(line).items() if tag not in clock}
-            for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
 def finish(process):

@@ -1,7 +1,6 @@
 """A signal ends a run at a whole step with code 42, all of it saved, and the same command ends where it would have."""
 
 import functools
-import json
 import os
 import re
 import signal
@@ -10,14 +9,13 @@ import time
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from workdir_reader import CLOCK, assert_equal_bits, reports, tensors
 
 import trainer
 from trainer import loop
 from trainer.preemption import StoppedEarly
 
 NUM_STEPS = 160
-CLOCK = {'time', 'train/images_per_sec', 'train/data_wait_fraction'}
 SLOW = ('--gin_param=train.epochs=31', f'--gin_param=train.max_steps={NUM_STEPS}',
         '--gin_param=train.eval_every_epochs=16')
 
@@ -40,11 +38,6 @@ def wait_for(is_there, process, secs=120):
     while not is_there():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.005)
-
-
-def tensors(workdir):
-    reader = tf.train.load_checkpoint(str(workdir / 'checkpoints'))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGUSR1])  # SIGINT: below
@@ -137,15 +130,9 @@ def fit(workdir, monkeypatch, stop_at=None):
     return len(calls), {tag: value for tag, value in result.items() if tag not in CLOCK}
 
 
-def reports(workdir):
-    return [{tag: value for tag, value in json.loads(line).items() if tag not in CLOCK}
-            for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
 def test_wherever_it_is_stopped_it_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     """Before the first step, after each, and within each evaluation, which is made anew."""
     num_calls, of_whole = fit(tmp_path / 'whole', monkeypatch)
-    whole = tensors(tmp_path / 'whole')
     evaluated = [line for line in reports(tmp_path / 'whole') if 'eval/loss' in line]
     assert [line['step'] for line in evaluated] == [3, 6, 8] and num_calls == 1 + 8 + 3 * (2 + 1)
     num_stopped = 0
@@ -156,8 +143,7 @@ def test_wherever_it_is_stopped_it_ends_as_if_it_had_not_been(tmp_path, monkeypa
         except StoppedEarly:
             num_stopped += 1
             _, result = fit(workdir, monkeypatch)
-        for name, value in tensors(workdir).items():
-            np.testing.assert_array_equal(value, whole[name], err_msg=f'{name}, stopped at call {stop_at}')
+        assert_equal_bits(workdir, tmp_path / 'whole')
         assert reports(workdir) == reports(tmp_path / 'whole'), f'stopped at call {stop_at}'
         assert result == of_whole and os.listdir(workdir / 'best') == os.listdir(tmp_path / 'whole/best')
     assert num_stopped == num_calls - 1  # asked once more when all was done
