@@ -26,13 +26,20 @@ def is_number(value: object, minimum: float = float('-inf'), below: float = floa
 
 
 def _are_stages(value: object) -> bool:
-    if not isinstance(value, tuple | list) or not value:
-        return False
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 and is_number(pair[0], 0) and _is_integer(pair[1], 1)
-               for pair in value):
+    if not isinstance(value, tuple | list) or not value or not all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and is_number(pair[0], 0) and _is_integer(pair[1], 1)
+            for pair in value):
         return False
     epochs = [pair[0] for pair in value]
     return epochs[0] == 0 and all(a < b for a, b in zip(epochs, epochs[1:]))
+
+
+def _check(settings: object, root: str, *rules: tuple) -> None:
+    """Requires by each rule, (what is right, in words, *names of settings); what is None by default may stay None."""
+    for is_right, right, *names in rules:
+        for name in names:
+            value, is_optional = getattr(settings, name), getattr(type(settings), name, '') is None
+            require(is_optional and value is None or is_right(value), f'{root}.{name}', value, right)
 
 
 @dataclass(frozen=True)
@@ -69,45 +76,30 @@ class Train:
     allow_config_change: bool = False  # resume although the recipe differs from the checkpoint's
 
     def __post_init__(self):
-        require(is_number(self.epochs) and self.epochs > 0, 'train.epochs', self.epochs, 'a positive number')
-        for name in ('global_batch_size', 'steps_per_loop', 'accumulate', 'checkpoint_every_steps', 'keep_checkpoints',
-                     'log_every_steps'):
-            require(_is_integer(getattr(self, name), 1), f'train.{name}', getattr(self, name), 'a positive integer')
-        for name in ('model', 'optimizer', 'schedule'):
-            value = getattr(self, name)  # a Keras model, what @ghostnet() gives, can be called too
-            require(callable(value) and not hasattr(value, 'stateless_call'), f'train.{name}', value,
-                    'a reference without parentheses, as @ghostnet, @sgd or @cosine')
-        require(_is_integer(self.seed, 0), 'train.seed', self.seed, 'an integer from 0')
-        require(self.max_steps is None or _is_integer(self.max_steps, 1), 'train.max_steps', self.max_steps,
-                'None or a positive integer')
-        require(self.jit in ('auto', True, False), 'train.jit', self.jit, "'auto', True or False")
-        require(self.precision in ('float32', 'tf32', 'mixed_bfloat16', 'mixed_float16'), 'train.precision',
-                self.precision, "'float32', 'tf32', 'mixed_bfloat16' or 'mixed_float16'")
-        require(self.all_reduce_dtype in ('float32', 'bfloat16'), 'train.all_reduce_dtype', self.all_reduce_dtype,
-                "'float32' or 'bfloat16'")
-        require(is_number(self.label_smoothing, 0, 1), 'train.label_smoothing', self.label_smoothing,
-                'at least 0 and below 1')
-        require(self.clip_norm is None or is_number(self.clip_norm) and self.clip_norm > 0, 'train.clip_norm',
-                self.clip_norm, 'None or a positive number')
-        require(self.adaptive_clip is None or is_number(self.adaptive_clip) and self.adaptive_clip > 0,
-                'train.adaptive_clip', self.adaptive_clip, 'None or a positive number')
+        _check(
+            self, 'train',
+            (lambda v: is_number(v) and v > 0, 'a positive number', 'epochs', 'eval_every_epochs'),
+            (lambda v: is_number(v) and v > 0, 'None or a positive number', 'clip_norm', 'adaptive_clip'),
+            (lambda v: is_number(v) and v > 0, 'a positive number of seconds', 'grace_secs', 'step_timeout_secs'),
+            (lambda v: is_number(v, 0), 'None or seconds', 'checkpoint_every_secs'),
+            (lambda v: is_number(v, 0, 1), 'at least 0 and below 1', 'label_smoothing'),
+            (lambda v: is_number(v, 0, 1), 'None, or at least 0 and below 1', 'ema_decay'),
+            (lambda v: _is_integer(v, 1), 'a positive integer', 'global_batch_size', 'steps_per_loop', 'accumulate',
+             'checkpoint_every_steps', 'keep_checkpoints', 'log_every_steps'),
+            (lambda v: _is_integer(v, 1), 'None or a positive integer', 'max_steps'),
+            (lambda v: _is_integer(v, 0), 'an integer from 0', 'seed'),
+            (lambda v: _is_integer(v, 0), 'a number of batches, or 0', 'eval_precise_batch_norm'),
+            (lambda v: isinstance(v, bool), 'True or False', 'sync_batch_norm', 'eval_flip', 'allow_config_change'),
+            (lambda v: v in ('auto', True, False), "'auto', True or False", 'jit'),
+            (lambda v: v in ('float32', 'tf32', 'mixed_bfloat16', 'mixed_float16'),
+             "'float32', 'tf32', 'mixed_bfloat16' or 'mixed_float16'", 'precision'),
+            (lambda v: v in ('float32', 'bfloat16'), "'float32' or 'bfloat16'", 'all_reduce_dtype'),
+            (lambda v: callable(v) and not hasattr(v, 'stateless_call'),  # what @ghostnet() gives can be called too
+             'a reference without parentheses, as @ghostnet, @sgd or @cosine', 'model', 'optimizer', 'schedule'),
+            (_are_stages, 'None or pairs of an epoch and pixels as ((0, 128), (10.5, 224)), epochs rising from 0',
+             'image_sizes'))
         require(self.adaptive_clip is None or self.clip_norm is None, 'train.adaptive_clip', self.adaptive_clip,
                 f'None where train.clip_norm is set ({self.clip_norm!r})')
-        require(self.ema_decay is None or is_number(self.ema_decay, 0, 1), 'train.ema_decay', self.ema_decay,
-                'None, or at least 0 and below 1')
-        require(self.checkpoint_every_secs is None or is_number(self.checkpoint_every_secs, 0),
-                'train.checkpoint_every_secs', self.checkpoint_every_secs, 'None or seconds')
-        for name in ('grace_secs', 'step_timeout_secs'):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, f'train.{name}', value, 'a positive number of seconds')
-        require(is_number(self.eval_every_epochs) and self.eval_every_epochs > 0, 'train.eval_every_epochs',
-                self.eval_every_epochs, 'a positive number')
-        require(self.image_sizes is None or _are_stages(self.image_sizes), 'train.image_sizes', self.image_sizes,
-                'None or pairs of an epoch and pixels as ((0, 128), (10.5, 224)), epochs rising from 0')
-        require(_is_integer(self.eval_precise_batch_norm, 0), 'train.eval_precise_batch_norm',
-                self.eval_precise_batch_norm, 'a number of batches, or 0')
-        for name in ('sync_batch_norm', 'eval_flip', 'allow_config_change'):
-            require(isinstance(getattr(self, name), bool), f'train.{name}', getattr(self, name), 'True or False')
         require(not (self.sync_batch_norm and self.accumulate > 1), 'train.accumulate', self.accumulate,
                 '1 with train.sync_batch_norm, which takes statistics of the whole global batch at once')
 
@@ -130,17 +122,15 @@ class Data:
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
-        for name in ('name', 'train_split', 'eval_split'):
-            value = getattr(self, name)
-            require(isinstance(value, str) and value != '', f'data.{name}', value, 'a name')
-        for name in ('default_dir', 'otherwise'):
-            value = getattr(self, name)
-            require(value is None or isinstance(value, str), f'data.{name}', value, 'None or a string')
-        for name in ('pixel_mean', 'pixel_std'):
-            value = getattr(self, name)
-            require(isinstance(value, tuple | list) and len(value) == 3
-                    and all(is_number(v) and 0 <= v <= 1 and (v > 0 or name == 'pixel_mean') for v in value),
-                    f'data.{name}', value, 'three numbers for R, G, B in 0..1, standard deviations above 0')
+        def are_three(v):
+            return isinstance(v, tuple | list) and len(v) == 3 and all(is_number(x, 0) and x <= 1 for x in v)
+
+        three = 'three numbers for R, G, B in 0..1, standard deviations above 0'
+        _check(self, 'data',
+               (lambda v: isinstance(v, str) and v != '', 'a name', 'name', 'train_split', 'eval_split'),
+               (lambda v: isinstance(v, str), 'None or a string', 'default_dir', 'otherwise'),
+               (are_three, three, 'pixel_mean'),
+               (lambda v: are_three(v) and min(v) > 0, three, 'pixel_std'))
 
 
 @dataclass(frozen=True)
@@ -151,6 +141,7 @@ class Evaluate:
     weights: str = 'raw'  # 'raw' or 'ema'
 
     def __post_init__(self):
-        require(isinstance(self.checkpoint, str) and self.checkpoint != '', 'evaluate.checkpoint', self.checkpoint,
-                "'latest', 'best' or the path of a checkpoint directory")
-        require(self.weights in ('raw', 'ema'), 'evaluate.weights', self.weights, "'raw' or 'ema'")
+        _check(self, 'evaluate',
+               (lambda v: isinstance(v, str) and v != '', "'latest', 'best' or the path of a checkpoint directory",
+                'checkpoint'),
+               (lambda v: v in ('raw', 'ema'), "'raw' or 'ema'", 'weights'))

@@ -1,4 +1,5 @@
 """From a name to a tf.distribute.Strategy. The first thing of a run to touch devices."""
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -27,24 +28,27 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
     Raises:
         ConfigError: an unknown name, more devices than there are, or no cluster where one is asked for.
     """
-    if name not in NAMES:
-        raise ConfigError(f'build_strategy.name is {name!r}; it must be one of {", ".join(NAMES)}')
-    if num_devices is not None and (not isinstance(num_devices, int) or num_devices < 1):
-        raise ConfigError(f'build_strategy.num_devices is {num_devices!r}; it must be None or a positive integer')
-    if op_threads is not None:
-        require(isinstance(op_threads, int) and op_threads > 0, 'build_strategy.op_threads', op_threads,
+    require(name in NAMES, 'build_strategy.name', name, f'one of {", ".join(NAMES)}')
+    for key, value in (('num_devices', num_devices), ('op_threads', op_threads)):
+        require(value is None or isinstance(value, int) and value > 0, f'build_strategy.{key}', value,
                 'None or a positive integer')
+    require(is_number(timeout_secs) and timeout_secs > 0, 'build_strategy.timeout_secs', timeout_secs,
+            'a positive number of seconds')
+    if op_threads is not None:
         try:
             tf.config.threading.set_intra_op_parallelism_threads(op_threads)
         except RuntimeError as error:
             raise ConfigError(f'build_strategy.op_threads is {op_threads}, but TensorFlow has already started with '
                               'another number of threads; set it before anything is computed') from error
-    require(is_number(timeout_secs) and timeout_secs > 0, 'build_strategy.timeout_secs', timeout_secs,
-            'a positive number of seconds')
     gpus = tf.config.list_physical_devices('GPU')
     _warn_of_unseen_gpus(len(gpus))
     if name == 'auto':
-        name = _choose(len(gpus), num_devices)
+        if os.environ.get('PJRT_DEVICE') == 'TPU':  # launch/tpu_vm.sh sets it: TensorFlow needs it to find the chips
+            name = 'tpu'
+        elif num_devices is None and _find_cluster() is not None:
+            name = 'multi_worker'
+        else:
+            name = 'mirrored' if (num_devices or len(gpus)) > 1 else 'one_device'
     if num_devices is not None and name != 'mirrored' and (name, num_devices) != ('one_device', 1):
         raise ConfigError(f'build_strategy.num_devices is {num_devices} with {name}; take mirrored')
     if name == 'tpu':
@@ -61,14 +65,6 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
         strategy = tf.distribute.MirroredStrategy(devices)
     logging.info('strategy %s on %s', name, ', '.join(devices))
     return strategy
-
-
-def _choose(num_gpus: int, num_devices: int | None) -> str:
-    if os.environ.get('PJRT_DEVICE') == 'TPU':  # launch/tpu_vm.sh sets it: TensorFlow needs it to find the chips
-        return 'tpu'
-    if num_devices is None and _find_cluster() is not None:
-        return 'multi_worker'
-    return 'mirrored' if (num_devices or num_gpus) > 1 else 'one_device'
 
 
 def has_accelerator() -> bool:
@@ -114,10 +110,8 @@ def _build_multi_worker_strategy(num_gpus: int, timeout_secs: float) -> tf.distr
     if resolver is None:
         raise ConfigError("build_strategy.name is 'multi_worker', but neither TF_CONFIG nor SLURM names more than one "
                           'worker: start it with launch/multi_worker.sh or launch/slurm.sbatch, or take --workers')
-    implementation = tf.distribute.experimental.CommunicationImplementation
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(
-        cluster_resolver=resolver, communication_options=tf.distribute.experimental.CommunicationOptions(
-            timeout_seconds=timeout_secs, implementation=implementation.NCCL if num_gpus else implementation.RING))
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, tf.distribute.experimental.CommunicationOptions(
+        timeout_seconds=timeout_secs, implementation='NCCL' if num_gpus else 'RING'))
     strategy.peer_timeout_secs = timeout_secs  # for preemption.Watchdog
     logging.info('strategy multi_worker: this is %s of %d, with %s', describe_worker(strategy, resolver.task_id),
                  len(resolver.cluster_spec().as_dict()['worker']), f'{num_gpus} GPUs' if num_gpus else 'a CPU')
@@ -127,10 +121,7 @@ def _build_multi_worker_strategy(num_gpus: int, timeout_secs: float) -> tf.distr
 def _build_tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     """Never run on a TPU by the authors of this file."""
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
-        if tpu != 'local':
-            tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect(tpu)  # to 'local' there is no connection
     except (ValueError, tf.errors.OpError) as error:
         raise ConfigError(f"build_strategy.name is 'tpu' and build_strategy.tpu {tpu!r}, but no TPU answers: "
                           f'{str(error).splitlines()[0]}; start it with launch/tpu_vm.sh on a TPU VM') from error
@@ -140,20 +131,14 @@ def _build_tpu_strategy(tpu: str) -> tf.distribute.Strategy:
 
 
 def _logical_cpus(count: int) -> list[str]:
-    logical = tf.config.list_logical_devices('CPU') if _is_initialised() else []
-    if not logical:
-        cpu = tf.config.list_physical_devices('CPU')[0]
+    cpu = tf.config.list_physical_devices('CPU')[0]
+    with contextlib.suppress(RuntimeError):  # TensorFlow has started: what it has then counts
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
-        logical = tf.config.list_logical_devices('CPU')
-    if len(logical) < count:
+    num_logical = len(tf.config.list_logical_devices('CPU'))
+    if num_logical < count:
         raise ConfigError(f'build_strategy.num_devices is {count}, but TensorFlow has already started with '
-                          f'{len(logical)} logical CPUs; set it before anything is computed')
+                          f'{num_logical} logical CPUs; set it before anything is computed')
     return [f'CPU:{i}' for i in range(count)]
-
-
-def _is_initialised() -> bool:
-    from tensorflow.python.eager import context  # no public name for it
-    return context.context()._initialized
 
 
 def _warn_of_unseen_gpus(num_seen: int) -> None:
