@@ -13,25 +13,19 @@ import tensorflow as tf
 from ghostnet.keyed import step_context
 from trainer.loss import smoothed_cross_entropy
 from trainer.metrics import SUMS, masked_sums
+from trainer.recipe import Train
+from trainer.strategy import has_accelerator
 
 Tensors = dict[str, tf.Tensor]
 
 
-def make_forward_backward(model: keras.Model, *, normalize: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int,
-                          label_smoothing: float, accumulate: int, parallel_parts: int,
+def make_forward_backward(model: keras.Model, settings: Train, normalize: Callable[[tf.Tensor], tf.Tensor],
                           num_replicas: int) -> Callable[..., tuple[Tensors, Tensors, Tensors]]:
     """Makes forward_backward(params, batch_stats, loss_scale, batch, keys, cross_replica_mean=None) -> (grads,
-    batch_stats, sums) of these rows.
+    batch_stats, sums) of these rows: uint8 images -> normalize -> model, a pure function of its variables.
 
-    cross_replica_mean synchronises batch norm, see `ghostnet.keyed.step_context`. None: statistics of these rows.
-
-    Args:
-        model, normalize: uint8 images -> normalize -> model, a pure function of its variables.
-        global_batch_size, label_smoothing: of all replicas, over which gradients are to be summed; in [0, 1).
-        accumulate: parts that the rows are worked off in, each with batch statistics of its own; then the statistics
-            are their sum.
-        parallel_parts: how many of them at a time.
-        num_replicas: how many replicas cross_replica_mean averages.
+    Gradients are to be summed over `num_replicas` replicas. So are batch statistics over settings.accumulate parts, of
+    which each has its own. cross_replica_mean synchronises them, see `ghostnet.keyed.step_context`.
     """
     def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor,
                          cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None):
@@ -40,18 +34,22 @@ def make_forward_backward(model: keras.Model, *, normalize: Callable[[tf.Tensor]
             with step_context(keys, cross_replica_mean, num_replicas):
                 logits, new_stats = model.stateless_call(list(params.values()), list(batch_stats.values()),
                                                          normalize(batch['image']), training=True)
-            losses = smoothed_cross_entropy(logits, batch['label'], label_smoothing)
+            losses = smoothed_cross_entropy(logits, batch['label'], settings.label_smoothing)
             # Divided by the global batch here and summed over replicas later: the gradient of the global mean.
-            loss = tf.reduce_sum(batch['mask'] * losses) / global_batch_size
+            loss = tf.reduce_sum(batch['mask'] * losses) / settings.global_batch_size
             loss *= loss_scale.get('loss_scale', 1.0)
         grads = tape.gradient(loss, params)
-        return grads, dict(zip(batch_stats, new_stats, strict=True)), masked_sums(logits, losses, batch['label'],
-                                                                                  batch['mask'])
+        sums = masked_sums(logits, losses, batch['label'], batch['mask'])
+        return grads, dict(zip(batch_stats, new_stats, strict=True)), sums
+
+    accumulate = settings.accumulate
+    # Parts need nothing of each other but the sum. One after the other they save memory; on the CPU, where most
+    # operations are too small to be shared by threads, a part to each core is the fastest way through a batch.
+    parallel_parts = 1 if has_accelerator() else max(1, len(os.sched_getaffinity(0)) // num_replicas)
 
     def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors,
-                                  keys: tf.Tensor, cross_replica_mean: None = None):
+                                  keys: tf.Tensor, _: None):  # recipe.Train refuses to synchronise parts
         """The sums of forward_backward over `accumulate` equal parts of the rows, as if each were a replica's."""
-        del cross_replica_mean  # recipe.Train refuses it together with parts
         parts = tf.nest.map_structure(lambda t: tf.reshape(t, [accumulate, -1, *t.shape[1:]]), (batch, keys))
 
         def add_part(i: tf.Tensor, totals: Any):
@@ -64,12 +62,3 @@ def make_forward_backward(model: keras.Model, *, normalize: Callable[[tf.Tensor]
                              parallel_iterations=parallel_parts)[1]
 
     return forward_backward if accumulate == 1 else forward_backward_in_parts
-
-
-def choose_parallel_parts(num_replicas: int, has_accelerator: bool) -> int:
-    """How many parts of a batch to work off at a time.
-
-    Parts need nothing of each other but the sum. One after the other they save memory; on the CPU, where most
-    operations are too small to be shared by threads, a part to each core is the fastest way through a batch.
-    """
-    return 1 if has_accelerator else max(1, len(os.sched_getaffinity(0)) // num_replicas)

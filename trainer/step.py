@@ -10,11 +10,11 @@ import keras
 import tensorflow as tf
 
 from ghostnet.keyed import row_keys, step_context
-from trainer.gradient import choose_parallel_parts, make_forward_backward
+from trainer.gradient import make_forward_backward
 from trainer.loss import smoothed_cross_entropy
 from trainer.metrics import SUMS, masked_sums
-from trainer.recipe import ConfigError
-from trainer.state import TrainState, Values
+from trainer.recipe import ConfigError, Train
+from trainer.state import TrainState, Values, Variables
 from trainer.strategy import has_accelerator, is_multi_worker
 from trainer.update import make_update
 
@@ -24,17 +24,14 @@ Tensors = dict[str, tf.Tensor]
 def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.data.Dataset]) -> Any:
     """An iterable of global batches, each replica's rows on its device.
 
-    Args:
-        strategy: the strategy.
-        make_dataset: called with shard= and num_shards=, returns this input process' batches of that shard.
+    make_dataset, called with shard= and num_shards=, returns this input process' batches of that shard.
     """
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         num_local = context.num_replicas_in_sync // context.num_input_pipelines
         dataset = make_dataset(shard=context.input_pipeline_id, num_shards=context.num_input_pipelines)
         if num_local > 1:  # consecutive elements go to consecutive replicas
-            dataset = dataset.map(lambda batch: {key: tf.reshape(value, [num_local, value.shape[0] // num_local,
-                                                                         *value.shape[1:]])
-                                                 for key, value in batch.items()}).unbatch()
+            rows = dataset.element_spec['mask'].shape[0]
+            dataset = dataset.rebatch(rows // num_local, drop_remainder=True)  # nothing remains: the shape stays static
         return dataset.prefetch(2 * num_local)
 
     return strategy.distribute_datasets_from_function(dataset_fn)
@@ -76,6 +73,10 @@ def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any, 
     return tf.nest.pack_sequence_as(tree, [tf.reshape(p, t.shape) for p, t in zip(parts, tensors, strict=True)])
 
 
+def _compile(function: Callable) -> Callable:
+    return tf.function(function, jit_compile=True, autograph=False)
+
+
 def _stay(tensor: tf.Tensor) -> tf.Tensor:
     with tf.device(tensor.device):
         return tf.identity(tensor)
@@ -88,73 +89,55 @@ def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) 
     return lambda images: tf.cast(images, tf.float32) * scale + offset
 
 
-def make_step(model: keras.Model, *, normalize: Callable[[tf.Tensor], tf.Tensor], update_fn: Callable,
-              schedule: Callable[[tf.Tensor], tf.Tensor], global_batch_size: int, num_replicas: int, seed: int,
-              accumulate: int, label_smoothing: float, clip_norm: float | None, adaptive_clip: float | None,
-              ema_decay: float | None, sync_batch_norm: bool, all_reduce_dtype: str,
+def make_step(model: keras.Model, settings: Train, *, normalize: Callable[[tf.Tensor], tf.Tensor],
+              update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor], num_replicas: int,
               jit: bool) -> Callable[..., tuple[Values, Tensors]]:
     """Makes step(values, batch, step_number, replica_id, all_reduce) -> (values, sums): what one replica computes.
 
-    A pure function: forward_backward, one packed all-reduce, update. The arguments are `make_train_loop`'s;
-    `all_reduce` sums a float tensor over the replicas.
+    A pure function: forward_backward, a packed all-reduce, update. `all_reduce` sums a float tensor over the replicas.
+    With `jit` XLA compiles the whole step on one replica, else forward_backward and update, each by itself.
     """
-    rows = global_batch_size // num_replicas
+    rows, dtype = settings.global_batch_size // num_replicas, settings.all_reduce_dtype
+    num_parts = num_replicas * settings.accumulate
+    forward_backward = make_forward_backward(model, settings, normalize, num_replicas)
+    update = make_update(update_fn, schedule, settings)
+    if jit and num_replicas > 1:  # made once, so that all replicas share what is compiled
+        forward_backward, update = _compile(forward_backward), _compile(update)
 
     def step(values: Values, batch: Tensors, step_number: tf.Tensor, replica_id: tf.Tensor, all_reduce: Callable):
         def cross_replica_mean(t):
             return all_reduce(t) / num_replicas if num_replicas > 1 else t
 
-        keys = row_keys(seed, step_number, replica_id * rows, rows)
+        keys = row_keys(settings.seed, step_number, replica_id * rows, rows)
         grads, new_stats, sums = forward_backward(
             values.params, values.batch_stats, values.loss_scale, batch, keys,
             # Synchronised on one replica too, so that any number of them computes the same.
-            cross_replica_mean if sync_batch_norm else None)
+            cross_replica_mean if settings.sync_batch_norm else None)
         if num_replicas > 1:
-            if all_reduce_dtype != 'float32':  # of the gradients alone: statistics and sums keep their digits
-                grads = _all_reduce_packed(all_reduce, grads, all_reduce_dtype)
+            if dtype != 'float32':  # of the gradients alone: statistics and sums keep their digits
+                grads = _all_reduce_packed(all_reduce, grads, dtype)
                 new_stats, sums = _all_reduce_packed(all_reduce, (new_stats, sums))
             else:
                 grads, new_stats, sums = _all_reduce_packed(all_reduce, (grads, new_stats, sums))
-        if num_replicas * accumulate > 1:  # one view of them for all replicas and parts
-            new_stats = {path: s / (num_replicas * accumulate) for path, s in new_stats.items()}
+        if num_parts > 1:  # one view of them for all replicas and parts
+            new_stats = {path: s / num_parts for path, s in new_stats.items()}
         new_values, is_finite, norm = update(values, grads, new_stats, step_number)
         taken = {name: tf.where(is_finite, value, 0.0) for name, value in (sums | {'grad_norm': norm}).items()}
         return new_values, taken | {'seen': sums['examples'], 'skipped': 1 - tf.cast(is_finite, tf.float32)}
 
-    def compiled(function: Callable):
-        return tf.function(function, jit_compile=True, autograph=False)
-
-    forward_backward = make_forward_backward(
-        model, normalize=normalize, global_batch_size=global_batch_size, label_smoothing=label_smoothing,
-        accumulate=accumulate, parallel_parts=choose_parallel_parts(num_replicas, has_accelerator()),
-        num_replicas=num_replicas)
-    update = make_update(update_fn, schedule, clip_norm=clip_norm, adaptive_clip=adaptive_clip, ema_decay=ema_decay)
-    if jit and num_replicas > 1:  # made once, so that all replicas share what is compiled
-        forward_backward, update = compiled(forward_backward), compiled(update)
-    return compiled(step) if jit and num_replicas == 1 else step
+    return _compile(step) if jit and num_replicas == 1 else step
 
 
-def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, *,
-                    global_batch_size: int, **step_settings: Any) -> Callable[[Iterator, tf.Tensor], Tensors]:
+def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, settings: Train,
+                    **step_arguments: Any) -> Callable[[Iterator, tf.Tensor], Tensors]:
     """Makes train_loop(iterator, num_steps) -> float32 scalars summed over the steps.
 
     The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
     'grad_norm' and 'skipped' over steps; 'data_wait_secs'.
 
-    Args:
-        strategy, model, state: model is used as a pure function of the variables in state.
-        global_batch_size: rows over all replicas.
-        step_settings: what else `make_step` takes:
-            normalize: uint8 images -> the floats that the model takes.
-            update_fn: the optimizer's update, see optimizer.py.
-            schedule: step -> learning rate.
-            seed: of what is drawn on the device.
-            accumulate, label_smoothing, clip_norm, adaptive_clip, ema_decay, sync_batch_norm, all_reduce_dtype: as in
-                recipe.Train.
-            jit: compile with XLA: the whole step on one replica, else forward_backward and update, each by itself.
+    model is used as a pure function of the variables in state. step_arguments: the others of `make_step`.
     """
-    step = make_step(model, global_batch_size=global_batch_size, num_replicas=strategy.num_replicas_in_sync,
-                     **step_settings)
+    step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync, **step_arguments)
 
     def replica_step(batch: Tensors) -> Tensors:
         replica = tf.distribute.get_replica_context()
@@ -179,39 +162,43 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
                 batch = tf.nest.map_structure(_stay, batch, expand_composites=True)
             waited += end - start
             sums = strategy.run(replica_step, args=(batch,))
-            sums = {name: strategy.experimental_local_results(value)[0] for name, value in sums.items()}
-            totals += tf.stack([sums[name] for name in names])
+            totals += tf.stack([strategy.experimental_local_results(sums[name])[0] for name in names])
             state.step.assign_add(1)
-            state.position.assign_add(global_batch_size)
+            state.position.assign_add(settings.global_batch_size)
         return dict(zip(names, tf.unstack(totals), strict=True)) | {'data_wait_secs': waited}
 
     return train_loop
 
 
-def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: dict[str, tf.Variable],
-                       batch_stats: dict[str, tf.Variable], *, normalize: Callable[[tf.Tensor], tf.Tensor],
+def _make_replica_step(forward: Callable, params: Variables, batch_stats: Variables, jit: bool) -> Callable:
+    """forward(params, batch_stats, batch) as a function of the batch, at the values of the variables at its time."""
+    if jit:
+        forward = _compile(forward)
+
+    def replica_step(batch: Tensors) -> Any:
+        return forward(*tf.nest.map_structure(tf.convert_to_tensor, (params, batch_stats)), batch)
+
+    return replica_step
+
+
+def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: Variables, batch_stats: Variables,
+                       *, normalize: Callable[[tf.Tensor], tf.Tensor],
                        jit: bool) -> Callable[[Iterator, tf.Tensor], None]:
     """Makes estimate_loop(iterator, num_batches), which assigns statistics of these training batches to batch_stats.
 
     The variance is that of all rows: the mean of the batches' variances and the variance of their means. Source: Wu and
     Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     """
-    shapes = [v.shape for v in batch_stats.values()]
-    sizes = [shape.num_elements() for shape in shapes]
-    is_mean = tf.repeat([path.endswith('moving_mean') for path in batch_stats], sizes)
+    sizes = [v.shape.num_elements() for v in batch_stats.values()]
 
     def forward(params: Tensors, batch_stats: Tensors, batch: Tensors) -> tf.Tensor:
         with step_context(momentum=0.0):
             _, stats = model.stateless_call(list(params.values()), list(batch_stats.values()),
                                             normalize(batch['image']), training=True)
         packed = tf.concat([tf.reshape(s, [-1]) for s in stats], axis=0)
-        return tf.stack([packed, tf.where(is_mean, tf.square(packed), 0.0)])
+        return tf.stack([packed, tf.square(packed)])
 
-    if jit:
-        forward = tf.function(forward, jit_compile=True, autograph=False)
-
-    def replica_step(batch: Tensors) -> tf.Tensor:
-        return forward(*tf.nest.map_structure(tf.convert_to_tensor, (params, batch_stats)), batch)
+    replica_step = _make_replica_step(forward, params, batch_stats, jit)
 
     @tf.function
     def estimate_loop(iterator, num_batches):
@@ -220,24 +207,22 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, par
             totals += tf.cast(strategy.reduce('MEAN', strategy.run(replica_step, args=(next(iterator),)), axis=None),
                               tf.float64)
         means, squares = tf.unstack(totals / tf.cast(num_batches, tf.float64))
-        spread = tf.split(tf.cast(squares - tf.square(means), tf.float32), sizes)  # of the means, where they are
-        of_mean = {path.removesuffix('moving_mean'): s for path, s in zip(batch_stats, spread, strict=True)
-                   if path.endswith('moving_mean')}
-        for (path, variable), value in zip(batch_stats.items(), tf.split(tf.cast(means, tf.float32), sizes)):
-            own = 0.0 if path.endswith('moving_mean') else of_mean[path.removesuffix('moving_variance')]
-            variable.assign(value + own)
+        means, spreads = (dict(zip(batch_stats, tf.split(tf.cast(values, tf.float32), sizes), strict=True))
+                          for values in (means, squares - tf.square(means)))
+        for path, variable in batch_stats.items():
+            is_mean = path.endswith('moving_mean')
+            variable.assign(means[path] + (0.0 if is_mean else spreads[path.replace('moving_variance', 'moving_mean')]))
 
     return estimate_loop
 
 
-def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: dict[str, tf.Variable],
-                   batch_stats: dict[str, tf.Variable], *, normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
+def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: Variables, batch_stats: Variables, *,
+                   normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
                    jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
     """Makes eval_loop(iterator, num_batches) -> sums over the unmasked rows: 'examples', 'loss', 'top1', 'top5'.
 
     With `flip` logits are the mean of those of an image and of its mirror image.
     """
-
     def forward(params: Tensors, batch_stats: Tensors, batch: Tensors) -> Tensors:
         images = normalize(batch['image'])
         views = [images, tf.reverse(images, [2])] if flip else [images]
@@ -246,11 +231,7 @@ def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params:
         losses = smoothed_cross_entropy(logits, batch['label'])
         return masked_sums(logits, losses, batch['label'], batch['mask'])
 
-    if jit:
-        forward = tf.function(forward, jit_compile=True, autograph=False)
-
-    def replica_step(batch: Tensors) -> Tensors:
-        return forward(*tf.nest.map_structure(tf.convert_to_tensor, (params, batch_stats)), batch)
+    replica_step = _make_replica_step(forward, params, batch_stats, jit)
 
     @tf.function
     def eval_loop(iterator, num_batches):
