@@ -4,14 +4,10 @@ import tensorflow as tf
 
 def ema_update(ema: dict[str, tf.Tensor], weights: dict[str, tf.Tensor], decay: float,
                step: tf.Tensor) -> dict[str, tf.Tensor]:
-    """ema + (1 - d) * (weights - ema), d = min(decay, (1 + step) / (10 + step)).
+    """ema + (1 - d) * (weights - ema), d = min(decay, (1 + step) / (10 + step)), of float32 tensors of the same paths.
 
-    The warmup of d, as tf.train.ExponentialMovingAverage has it, lets the average forget the initial weights.
-
-    Args:
-        ema, weights: {path: float32 tensor}, the same paths.
-        decay: in [0, 1).
-        step: integer scalar, the number of updates before this one.
+    The warmup of d, as tf.train.ExponentialMovingAverage has it, lets the average forget the initial weights. `step`
+    counts the updates before this one; decay is in [0, 1).
     """
     step = tf.cast(step, tf.float32)
     rate = 1 - tf.minimum(decay, (1 + step) / (10 + step))

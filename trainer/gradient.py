@@ -14,9 +14,8 @@ from ghostnet.keyed import step_context
 from trainer.loss import smoothed_cross_entropy
 from trainer.metrics import SUMS, masked_sums
 from trainer.recipe import Train
+from trainer.state import Tensors
 from trainer.strategy import has_accelerator
-
-Tensors = dict[str, tf.Tensor]
 
 
 def make_forward_backward(model: keras.Model, settings: Train, normalize: Callable[[tf.Tensor], tf.Tensor],

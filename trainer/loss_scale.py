@@ -23,11 +23,7 @@ def next_loss_scale(state: Tensors, is_finite: tf.Tensor) -> Tensors:
     """Half the scale after a step that was not finite, twice the scale after GROWTH_STEPS in a row that were.
 
     Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2, with the constants of NVIDIA's
-    libraries.
-
-    Args:
-        state: what `init_loss_scale` gives.
-        is_finite: bool scalar, the same on all replicas.
+    libraries. `state` is what `init_loss_scale` gives; is_finite: bool scalar, the same on all replicas.
     """
     if not state:
         return {}

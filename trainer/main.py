@@ -14,6 +14,8 @@ from pathlib import Path
 
 from absl import flags
 
+from trainer.recipe import ConfigError, require
+
 _FLAGS = flags.FLAGS
 flags.DEFINE_multi_string('gin_file', [], 'A gin file; repeats, later ones win. Looked up here, then in the project.')
 flags.DEFINE_multi_string('gin_param', [], "A binding as 'ghostnet.width=0.5'; repeats, after all files.")
@@ -41,7 +43,6 @@ def main(argv: list[str]) -> int:
     _import_tensorflow()
     from input_pipeline import DataError
     from trainer.preemption import EXIT_STOPPED, StoppedEarly, StopSignals
-    from trainer.recipe import ConfigError
     try:
         with StopSignals() as signals:
             _run(signals)
@@ -59,7 +60,8 @@ def _run(signals) -> None:
     from trainer import config as config_module
     from trainer.preemption import explain_lost_peer, leave
     config = config_module.load(_FLAGS.gin_file, _FLAGS.gin_param)
-    workdir = Path(_FLAGS.workdir or _default_workdir(_FLAGS.gin_file)).expanduser()
+    recipes = [Path(file).stem for file in _FLAGS.gin_file if Path(file).parent.name != 'hardware']
+    workdir = Path(_FLAGS.workdir or f'runs/{(recipes or ["defaults"])[-1]}').expanduser()
     logging.info('workdir %s', workdir)
     if _FLAGS.workers or _FLAGS.worker_index is not None:
         _describe_cluster(_FLAGS.workers, _FLAGS.worker_index)
@@ -68,15 +70,13 @@ def _run(signals) -> None:
     try:
         _run_mode(config, strategy, workdir, signals)
     except tf.errors.OpError as error:
-        reason = explain_lost_peer(strategy, error)
-        if reason:
+        if reason := explain_lost_peer(strategy, error):
             leave(reason)
         raise
 
 
 def _describe_cluster(workers: list[str], index: int | None) -> None:
     """Sets TF_CONFIG, where TensorFlow's own servers look too."""
-    from trainer.recipe import ConfigError, require
     if os.environ.get('TF_CONFIG'):
         raise ConfigError('TF_CONFIG is set and --workers is given: take one of them away')
     require(all(re.fullmatch(r'[^:\s]+:\d+', worker) for worker in workers), '--workers', ','.join(workers),
@@ -92,9 +92,8 @@ def _run_mode(config, strategy, workdir: Path, should_stop: Callable[[], bool]) 
     name, data_dir, prepare = _find_data(config.data)
     eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
     is_eval = _FLAGS.mode == 'eval'
-    train_source = None
-    if not is_eval or config.train.eval_precise_batch_norm:
-        train_source = input_pipeline.open_source(name, data_dir, config.data.train_split)
+    needs_train = not is_eval or config.train.eval_precise_batch_norm
+    train_source = input_pipeline.open_source(name, data_dir, config.data.train_split) if needs_train else None
     common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset,
               'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
     if is_eval:
@@ -121,11 +120,6 @@ def _find_data(data) -> tuple[str, str, bool]:
                         general)
         return data.otherwise, general, True
     return data.name, data_dir or general, False
-
-
-def _default_workdir(gin_files: list[str]) -> str:
-    stems = [Path(file).stem for file in gin_files if Path(file).parent.name != 'hardware']
-    return f'runs/{stems[-1] if stems else "defaults"}'
 
 
 def _fail(message: str) -> int:

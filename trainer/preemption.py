@@ -19,7 +19,6 @@ from trainer.strategy import describe_worker, is_multi_worker
 
 EXIT_STOPPED, EXIT_PEER_LOST = 42, 75
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # srun hands the last one on
-_PROBE_SECS = 5.0  # what an answer may take
 
 
 class StoppedEarly(Exception):
@@ -33,8 +32,7 @@ class StopSignals:
     process too. A signal that the process was started to ignore stays ignored.
     """
 
-    def __init__(self):
-        self._is_asked = self._has_come = False
+    _is_asked = _has_come = False
 
     def __call__(self) -> bool:
         self._is_asked = True
@@ -79,41 +77,37 @@ class StopSignals:
 class Watchdog:
     """Ends the process when a peer has not answered, or no call of `heard` has come, for too long.
 
-    Used as a context; only what happens inside it is watched.
-
-    Args:
-        strategy: whose workers are watched; of 'multi_worker' each has strategy.peer_timeout_secs to answer.
-        step_timeout_secs: from one call of `heard` to the next.
+    Used as a context; only what happens inside it is watched. A worker of 'multi_worker' has strategy.peer_timeout_secs
+    to answer; step_timeout_secs is from one call of `heard` to the next.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy, step_timeout_secs: float):
         self._strategy, self._step_timeout_secs = strategy, step_timeout_secs
-        self._peer_timeout_secs = strategy.peer_timeout_secs if is_multi_worker(strategy) else math.inf
         self._stopped, self._heard = threading.Event(), time.monotonic()
-        self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
     def heard(self) -> None:
         """To be called whenever the devices have returned a result."""
         self._heard = time.monotonic()
 
     def __enter__(self) -> 'Watchdog':
-        self._thread.start()
+        threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         self._stopped.set()  # the thread is a daemon and may be amid a probe: nobody waits for it
 
     def _watch(self) -> None:
+        peer_timeout_secs = self._strategy.peer_timeout_secs if is_multi_worker(self._strategy) else math.inf
         answered = dict.fromkeys(_peers(self._strategy), time.monotonic())
-        while not self._stopped.wait(min(10.0, self._peer_timeout_secs / 4, self._step_timeout_secs / 4)):
+        while not self._stopped.wait(min(10.0, peer_timeout_secs / 4, self._step_timeout_secs / 4)):
             answered |= {peer: time.monotonic() for peer in answered if _answers(peer)}
-            silent = {peer: time.monotonic() - last for peer, last in answered.items()}
-            waiting = time.monotonic() - self._heard
+            now = time.monotonic()
+            waiting = now - self._heard
             if self._stopped.is_set():
                 return
-            for peer, secs in silent.items():
-                if secs > self._peer_timeout_secs:
-                    leave(f'{describe_worker(self._strategy, peer)} has not answered for {secs:.0f} s')
+            for peer, last in answered.items():
+                if now - last > peer_timeout_secs:
+                    leave(f'{describe_worker(self._strategy, peer)} has not answered for {now - last:.0f} s')
             if waiting > self._step_timeout_secs:
                 worker = (describe_worker(self._strategy, self._strategy.cluster_resolver.task_id)
                           if is_multi_worker(self._strategy) else 'this process')
@@ -126,8 +120,7 @@ def explain_lost_peer(strategy: tf.distribute.Strategy, error: tf.errors.OpError
              tf.errors.CancelledError, tf.errors.FailedPreconditionError, tf.errors.InternalError)
     if not is_multi_worker(strategy) or not isinstance(error, kinds):
         return ''
-    silent = [describe_worker(strategy, peer) for peer in _peers(strategy) if not _answers(peer)]
-    if silent:
+    if silent := [describe_worker(strategy, peer) for peer in _peers(strategy) if not _answers(peer)]:
         return f'lost {", ".join(silent)}'
     reason = next(iter(error.message.splitlines()), type(error).__name__)
     return f'a step with the other workers failed: {reason}'
@@ -160,8 +153,7 @@ def _peers(strategy: tf.distribute.Strategy) -> list[int]:
 
 def _answers(peer: int) -> bool:
     try:
-        context.context().check_collective_ops_peer_health(f'/job:worker/replica:0/task:{peer}',
-                                                           timeout_in_ms=int(1000 * _PROBE_SECS))
+        context.context().check_collective_ops_peer_health(f'/job:worker/replica:0/task:{peer}', timeout_in_ms=5000)
     except tf.errors.OpError:
         return False
     return True

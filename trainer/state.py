@@ -1,6 +1,6 @@
 """TrainState: every variable of a run under a stable name. Checkpoints, evaluation and export are functions of it."""
+from collections import namedtuple
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import keras
@@ -14,43 +14,27 @@ Variables = dict[str, tf.Variable]
 Tensors = dict[str, tf.Tensor]
 
 
-class Values(NamedTuple):
-    """What a step computes anew: the values of these fields of TrainState."""
-
-    params: Tensors
-    batch_stats: Tensors
-    slots: dict[str, Tensors]
-    ema: Tensors
-    loss_scale: Tensors
+# What a step computes anew: the values of TrainState's fields after step and position.
+Values = namedtuple('Values', 'params batch_stats slots ema loss_scale')
 
 
-@dataclass(frozen=True)
-class TrainState:
-    """The one mutable thing.
+class TrainState(NamedTuple):
+    """The one mutable thing."""
 
-    step: int64 scalar, updates made. position: int64 scalar, the next example's place in the stream of epochs.
-    params, batch_stats: {path: float32 variable}, the model's own. slots: {slot name: {path: variable}}.
-    ema: {path: variable} over params and batch_stats; empty if none is kept.
-    loss_scale: see loss_scale.py; empty unless precision is mixed_float16.
-    """
-
-    step: tf.Variable
-    position: tf.Variable
-    params: Variables
+    step: tf.Variable  # int64 scalar, updates made
+    position: tf.Variable  # int64 scalar, the next example's place in the stream of epochs
+    params: Variables  # {path: float32 variable}, the model's own, as are batch_stats
     batch_stats: Variables
-    slots: dict[str, Variables]
-    ema: Variables
-    loss_scale: Variables
+    slots: dict[str, Variables]  # {slot name: {path: variable}}
+    ema: Variables  # over params and batch_stats; empty if none is kept
+    loss_scale: Variables  # see loss_scale.py; empty unless precision is mixed_float16
 
     def variables(self) -> Variables:
         """All of it, by the names it has in a checkpoint."""
         named = {'step': self.step, 'position': self.position, **self.loss_scale}
-        named.update({f'params/{path}': v for path, v in self.params.items()})
-        named.update({f'batch_stats/{path}': v for path, v in self.batch_stats.items()})
-        for slot, variables in self.slots.items():
-            named.update({f'slots/{slot}/{path}': v for path, v in variables.items()})
-        named.update({f'ema/{path}': v for path, v in self.ema.items()})
-        return named
+        slots = {f'slots/{slot}': variables for slot, variables in self.slots.items()}
+        kinds = {'params': self.params, 'batch_stats': self.batch_stats, **slots, 'ema': self.ema}
+        return named | {f'{kind}/{path}': v for kind, variables in kinds.items() for path, v in variables.items()}
 
     def weights(self, name: str) -> tuple[Variables, Variables]:
         """(params, batch_stats) to evaluate: 'raw', or 'ema'."""
@@ -60,14 +44,11 @@ class TrainState:
 
     def read(self) -> Values:
         """The values at this time, on this replica."""
-        return tf.nest.map_structure(tf.convert_to_tensor, self._trained())
+        return tf.nest.map_structure(tf.convert_to_tensor, Values(*self[2:]))
 
     def assign(self, values: Values) -> None:
         """Assigns all of them, on this replica."""
-        tf.nest.map_structure(lambda variable, value: variable.assign(value), self._trained(), values)
-
-    def _trained(self) -> Values:
-        return Values(self.params, self.batch_stats, self.slots, self.ema, self.loss_scale)
+        tf.nest.map_structure(lambda variable, value: variable.assign(value), Values(*self[2:]), values)
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Assigns every variable; names and shapes must have been checked."""
@@ -75,16 +56,13 @@ class TrainState:
             variable.assign(tensors[name])
 
 
-def variable_path(model: keras.Model, variable: keras.Variable) -> str:
-    """The path without the model's own name, which Keras numbers by the order of construction in a process."""
-    return variable.path.removeprefix(f'{model.name}/')
-
-
 def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: bool = False,
                       precision: str = 'float32') -> TrainState:
     """Builds the state around the variables of `model`. To be called inside the strategy's scope."""
-    params = {variable_path(model, v): v.value for v in model.trainable_variables}
-    batch_stats = {variable_path(model, v): v.value for v in model.non_trainable_variables}
+    def by_path(variables):  # without the model's own name, which Keras numbers by the order of construction
+        return {v.path.removeprefix(f'{model.name}/'): v.value for v in variables}
+
+    params, batch_stats = by_path(model.trainable_variables), by_path(model.non_trainable_variables)
     if len(params) + len(batch_stats) != len(model.variables):
         raise ValueError(f'the variables of {model.name} do not have unique paths')
 
@@ -93,12 +71,12 @@ def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: boo
                            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
     def build_variables(tensors):
-        return {path: tf.Variable(t, trainable=False, name=path.replace('/', '_')) for path, t in tensors.items()}
+        return {path: tf.Variable(tf.convert_to_tensor(t), trainable=False, name=path.replace('/', '_'))
+                for path, t in tensors.items()}
 
     initial = {path: tf.convert_to_tensor(v) for path, v in params.items()}
     slots = {slot: build_variables(tensors) for slot, tensors in init_slots(initial).items()}
-    averaged = params | batch_stats if with_ema else {}
-    ema = build_variables({path: tf.convert_to_tensor(v) for path, v in averaged.items()})
+    ema = build_variables(params | batch_stats if with_ema else {})
     loss_scale = build_variables(init_loss_scale(precision))
     return TrainState(scalar('step'), scalar('position'), params, batch_stats, slots, ema, loss_scale)
 
@@ -112,12 +90,7 @@ def num_logits(model: keras.Model) -> int:
 
 def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
                           num_classes: int) -> tuple[keras.Model, TrainState, Callable]:
-    """Builds the model, its state and the optimizer's update on the devices of `strategy`.
-
-    Args:
-        settings: model, optimizer, precision, seed and EMA.
-        strategy: where the variables live.
-        num_classes: of the data.
+    """Builds the model, its state and the optimizer's update on the devices of `strategy`; num_classes: of the data.
 
     Raises:
         ConfigError: a batch that the replicas do not divide, or more classes in the data than in the model.
@@ -141,8 +114,7 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
         raise ConfigError(str(error).splitlines()[0]) from error
     finally:
         keras.config.set_dtype_policy(policy)
-    model_classes = num_logits(model)
-    if num_classes > model_classes:
-        raise ConfigError(f'the data has {num_classes} classes, the model {model_classes}: bind num_classes of '
+    if num_classes > num_logits(model):
+        raise ConfigError(f'the data has {num_classes} classes, the model {num_logits(model)}: bind num_classes of '
                           f'the model, as ghostnet.num_classes = {num_classes}')
     return model, state, update

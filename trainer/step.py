@@ -14,11 +14,9 @@ from trainer.gradient import make_forward_backward
 from trainer.loss import smoothed_cross_entropy
 from trainer.metrics import SUMS, masked_sums
 from trainer.recipe import ConfigError, Train
-from trainer.state import TrainState, Values, Variables
+from trainer.state import Tensors, TrainState, Values, Variables
 from trainer.strategy import has_accelerator, is_multi_worker
 from trainer.update import make_update
-
-Tensors = dict[str, tf.Tensor]
 
 
 def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.data.Dataset]) -> Any:
@@ -43,13 +41,11 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], i
         return int
     num_local = len(strategy.extended.worker_devices)
 
-    def replica_value(value):
-        replica = tf.distribute.get_replica_context()
-        own = tf.where(replica.replica_id_in_sync_group % num_local == 0, value, 0)
-        return replica.all_reduce(tf.distribute.ReduceOp.SUM, own)
+    def replica_sum(value):  # of all replicas: each worker's value counts as often as it has replicas
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
-    values = tf.function(lambda value: strategy.run(replica_value, args=(value,)))
-    return lambda value: int(strategy.experimental_local_results(values(tf.constant(value, tf.int64)))[0])
+    sums = tf.function(lambda value: strategy.run(replica_sum, args=(value,)))
+    return lambda value: int(strategy.experimental_local_results(sums(tf.constant(value, tf.int64)))[0]) // num_local
 
 
 def use_jit(jit: bool | str, strategy: tf.distribute.Strategy, sync_batch_norm: bool) -> bool:
@@ -170,15 +166,26 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
     return train_loop
 
 
-def _make_replica_step(forward: Callable, params: Variables, batch_stats: Variables, jit: bool) -> Callable:
-    """forward(params, batch_stats, batch) as a function of the batch, at the values of the variables at its time."""
-    if jit:
-        forward = _compile(forward)
+def _make_total(strategy: tf.distribute.Strategy, forward: Callable, params: Variables, batch_stats: Variables,
+                shape: list[int], reduction: str, jit: bool) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
+    """Makes total(iterator, num_batches) -> float64, the sum over batches of what `forward` gives over all replicas.
 
-    def replica_step(batch: Tensors) -> Any:
-        return forward(*tf.nest.map_structure(tf.convert_to_tensor, (params, batch_stats)), batch)
+    forward(params, batch_stats, batch) takes lists of the values that the variables have at the time.
+    """
+    forward = _compile(forward) if jit else forward
 
-    return replica_step
+    def replica_step(batch: Tensors) -> tf.Tensor:
+        values = [[tf.convert_to_tensor(v) for v in variables.values()] for variables in (params, batch_stats)]
+        return forward(*values, batch)
+
+    def total(iterator: Iterator, num_batches: tf.Tensor) -> tf.Tensor:
+        totals = tf.zeros(shape, tf.float64)
+        for _ in tf.range(num_batches):
+            of_batch = strategy.reduce(reduction, strategy.run(replica_step, args=(next(iterator),)), axis=None)
+            totals += tf.cast(of_batch, tf.float64)
+        return totals
+
+    return total
 
 
 def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: Variables, batch_stats: Variables,
@@ -191,22 +198,18 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, par
     """
     sizes = [v.shape.num_elements() for v in batch_stats.values()]
 
-    def forward(params: Tensors, batch_stats: Tensors, batch: Tensors) -> tf.Tensor:
+    def forward(params: list[tf.Tensor], batch_stats: list[tf.Tensor], batch: Tensors) -> tf.Tensor:
         with step_context(momentum=0.0):
-            _, stats = model.stateless_call(list(params.values()), list(batch_stats.values()),
-                                            normalize(batch['image']), training=True)
+            _, stats = model.stateless_call(params, batch_stats, normalize(batch['image']), training=True)
         packed = tf.concat([tf.reshape(s, [-1]) for s in stats], axis=0)
         return tf.stack([packed, tf.square(packed)])
 
-    replica_step = _make_replica_step(forward, params, batch_stats, jit)
+    total = _make_total(strategy, forward, params, batch_stats, [2, sum(sizes)], 'MEAN', jit)
 
     @tf.function
     def estimate_loop(iterator, num_batches):
-        totals = tf.zeros([2, sum(sizes)], tf.float64)
-        for _ in tf.range(num_batches):
-            totals += tf.cast(strategy.reduce('MEAN', strategy.run(replica_step, args=(next(iterator),)), axis=None),
-                              tf.float64)
-        means, squares = tf.unstack(totals / tf.cast(num_batches, tf.float64))
+        means, squares = tf.unstack(total(iterator, num_batches) / tf.cast(num_batches, tf.float64))
+        # By path: the mean over the batches, and, of which only those of the batches' means are used, the variance.
         means, spreads = (dict(zip(batch_stats, tf.split(tf.cast(values, tf.float32), sizes), strict=True))
                           for values in (means, squares - tf.square(means)))
         for path, variable in batch_stats.items():
@@ -223,22 +226,13 @@ def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params:
 
     With `flip` logits are the mean of those of an image and of its mirror image.
     """
-    def forward(params: Tensors, batch_stats: Tensors, batch: Tensors) -> Tensors:
+    def forward(params: list[tf.Tensor], batch_stats: list[tf.Tensor], batch: Tensors) -> tf.Tensor:
         images = normalize(batch['image'])
         views = [images, tf.reverse(images, [2])] if flip else [images]
-        logits = sum(model.stateless_call(list(params.values()), list(batch_stats.values()), view, training=False)[0]
-                     for view in views) / len(views)
+        logits = sum(model.stateless_call(params, batch_stats, view, training=False)[0] for view in views) / len(views)
         losses = smoothed_cross_entropy(logits, batch['label'])
-        return masked_sums(logits, losses, batch['label'], batch['mask'])
+        sums = masked_sums(logits, losses, batch['label'], batch['mask'])
+        return tf.stack([sums[name] for name in SUMS])
 
-    replica_step = _make_replica_step(forward, params, batch_stats, jit)
-
-    @tf.function
-    def eval_loop(iterator, num_batches):
-        totals = tf.zeros([len(SUMS)], tf.float64)
-        for _ in tf.range(num_batches):
-            sums = strategy.run(replica_step, args=(next(iterator),))
-            totals += tf.cast(tf.stack([strategy.reduce('SUM', sums[name], axis=None) for name in SUMS]), tf.float64)
-        return dict(zip(SUMS, tf.unstack(totals), strict=True))
-
-    return eval_loop
+    total = _make_total(strategy, forward, params, batch_stats, [len(SUMS)], 'SUM', jit)
+    return tf.function(lambda iterator, num_batches: dict(zip(SUMS, tf.unstack(total(iterator, num_batches)))))

@@ -19,14 +19,14 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
         name: 'one_device'; 'mirrored': all GPUs of this machine, or logical CPUs where there is none; 'multi_worker':
             all GPUs, or the CPU, of every process that TF_CONFIG or SLURM names; 'tpu': a TPU slice; 'auto': the first
             of tpu, multi_worker, mirrored that there is more than one device for, else one device.
-        num_devices: how many devices 'mirrored' takes. None: all GPUs. On a CPU: that many logical devices.
+        num_devices: how many GPUs or logical CPUs 'mirrored' takes. None: all GPUs.
         op_threads: threads that share one operation on the CPU. None: one a core. With train.accumulate or replicas
             that give each core work of its own, 1 is faster: operations on small images are too short to be shared.
         timeout_secs: how long a worker of 'multi_worker' waits for the others in a collective before it gives up.
         tpu: 'local' on a TPU VM, or the name of a TPU.
 
     Raises:
-        ConfigError: an unknown name, more devices than there are, or no cluster where one is asked for.
+        ConfigError: a wrong value, more devices than there are, or no cluster where one is asked for.
     """
     require(name in NAMES, 'build_strategy.name', name, f'one of {", ".join(NAMES)}')
     for key, value in (('num_devices', num_devices), ('op_threads', op_threads)):
@@ -41,7 +41,10 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
             raise ConfigError(f'build_strategy.op_threads is {op_threads}, but TensorFlow has already started with '
                               'another number of threads; set it before anything is computed') from error
     gpus = tf.config.list_physical_devices('GPU')
-    _warn_of_unseen_gpus(len(gpus))
+    num_present = len(list(Path('/proc/driver/nvidia/gpus').glob('*')))
+    if num_present > len(gpus):  # or a day is lost on the CPU
+        logging.warning('this machine has %d NVIDIA GPUs, TensorFlow sees %d: install the cuda extra '
+                        "(pip install -e '.[cuda]'), and look at CUDA_VISIBLE_DEVICES", num_present, len(gpus))
     if name == 'auto':
         if os.environ.get('PJRT_DEVICE') == 'TPU':  # launch/tpu_vm.sh sets it: TensorFlow needs it to find the chips
             name = 'tpu'
@@ -139,11 +142,3 @@ def _logical_cpus(count: int) -> list[str]:
         raise ConfigError(f'build_strategy.num_devices is {count}, but TensorFlow has already started with '
                           f'{num_logical} logical CPUs; set it before anything is computed')
     return [f'CPU:{i}' for i in range(count)]
-
-
-def _warn_of_unseen_gpus(num_seen: int) -> None:
-    """A GPU that the driver has and TensorFlow does not see is a day lost on the CPU: says so, and what helps."""
-    num_present = len(list(Path('/proc/driver/nvidia/gpus').glob('*')))
-    if num_present > num_seen:
-        logging.warning('this machine has %d NVIDIA GPUs, TensorFlow sees %d: install the cuda extra '
-                        "(pip install -e '.[cuda]'), and look at CUDA_VISIBLE_DEVICES", num_present, num_seen)

@@ -24,10 +24,15 @@ class Telemetry:
         if self.is_silent:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._workdir, self._clock, self._stream = workdir, clock, stream or sys.stderr
-        self._resumed_step = resumed_step
-        _drop_lines_after(workdir / 'metrics.jsonl', resumed_step)
-        self._file = open(workdir / 'metrics.jsonl', 'a', encoding='utf-8')
+        self._workdir, self._resumed_step = workdir, resumed_step
+        self._clock, self._stream = clock, stream or sys.stderr
+        path = workdir / 'metrics.jsonl'
+        kept = ''.join(line for line, found in read_reports(path) if found['step'] <= resumed_step).encode()
+        if path.exists() and kept != path.read_bytes():  # without steps that are made again, or a line cut by a kill
+            aside = path.with_suffix('.writing')
+            aside.write_bytes(kept)
+            aside.replace(path)
+        self._file = open(path, 'a', encoding='utf-8')
         self._writers = {}
         self._is_live, self._live_width = self._stream.isatty(), 0
 
@@ -42,10 +47,9 @@ class Telemetry:
             raise ValueError(f'one report is of train tags or of eval tags, not {sorted(metrics)}')
         if self.is_silent:
             return
-        line = {'step': step, 'time': self._clock(), **metrics}
         # JSON has no NaN: a value that is none becomes null.
-        line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        self._file.write(json.dumps(line) + '\n')
+        finite = {tag: value if math.isfinite(value) else None for tag, value in metrics.items()}
+        self._file.write(json.dumps({'step': step, 'time': self._clock(), **finite}) + '\n')
         self._file.flush()
         with self._writer(kinds.pop()).as_default():
             for tag, value in metrics.items():
@@ -55,16 +59,13 @@ class Telemetry:
         """Shows one line: on a terminal over the last one unless `is_lasting`; elsewhere only if it is."""
         if self.is_silent or not (self._is_live or is_lasting):
             return
-        if self._is_live:
+        start = '\r' if self._is_live else ''
+        if not is_lasting:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where nobody set a size
-            shown = text if is_lasting else text[:max(1, width - 1)]
-            text = '\r' + shown.ljust(self._live_width) + ('\n' if is_lasting else '')
-            self._live_width = 0 if is_lasting else len(shown)
-        else:
-            text += '\n'
+            text = text[:max(1, width - 1)]
+        shown, self._live_width = text.ljust(self._live_width), 0 if is_lasting else len(text)
         try:
-            self._stream.write(text)
-            self._stream.flush()
+            print(start + shown, end='\n' if is_lasting else '', file=self._stream, flush=True)
         except OSError:  # who read it has ended, as `tee` does on Ctrl-C: the run goes on to its checkpoint
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
@@ -106,12 +107,3 @@ def read_reports(path: Path) -> list[tuple[str, dict]]:
             found = json.loads(line) if line.endswith('\n') else None
             reports += [(line, found)] if isinstance(found, dict) and isinstance(found.get('step'), int) else []
     return reports
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Takes out reports of steps that a resumed run makes again, and a last line that a kill cut short."""
-    kept = ''.join(line for line, found in read_reports(path) if found['step'] <= step).encode()
-    if path.exists() and kept != path.read_bytes():
-        aside = path.with_suffix('.writing')
-        aside.write_bytes(kept)
-        aside.replace(path)

@@ -7,9 +7,7 @@ from trainer.ema import ema_update
 from trainer.loss_scale import next_loss_scale
 from trainer.optimizer import clip_adaptively, clip_by_global_norm
 from trainer.recipe import Train
-from trainer.state import Values
-
-Tensors = dict[str, tf.Tensor]
+from trainer.state import Tensors, Values
 
 
 def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
