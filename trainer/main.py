@@ -89,6 +89,7 @@ def _describe_cluster(workers: list[str], index: int | None) -> None:
 def _run_mode(config, strategy, workdir: Path, should_stop: Callable[[], bool]) -> None:
     import input_pipeline
     from trainer import config as config_module
+    from trainer import evaluate, loop
     name, data_dir, prepare = _find_data(config.data)
     eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
     is_eval = _FLAGS.mode == 'eval'
@@ -97,18 +98,16 @@ def _run_mode(config, strategy, workdir: Path, should_stop: Callable[[], bool]) 
     common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset,
               'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
     if is_eval:
-        from trainer.evaluate import evaluate_checkpoint
-        print(json.dumps(evaluate_checkpoint(config.train, config.data, config.evaluate, **common)))
+        print(json.dumps(evaluate.evaluate_checkpoint(config.train, config.data, config.evaluate, **common)))
         return
-    from trainer.loop import train
 
     def write_config(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / 'config.gin').write_text(config.text)
         (workdir / 'operative_config.gin').write_text(config_module.operative_text())
 
-    train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
-          write_config=write_config, should_stop=should_stop, **common)
+    loop.train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
+               write_config=write_config, should_stop=should_stop, **common)
 
 
 def _find_data(data) -> tuple[str, str, bool]:

@@ -148,7 +148,7 @@ def _peers(strategy: tf.distribute.Strategy) -> list[int]:
     if not is_multi_worker(strategy):
         return []
     resolver = strategy.cluster_resolver
-    return [i for i in range(len(resolver.cluster_spec().as_dict()['worker'])) if i != resolver.task_id]
+    return [i for i in range(resolver.cluster_spec().num_tasks('worker')) if i != resolver.task_id]
 
 
 def _answers(peer: int) -> bool:

@@ -87,8 +87,7 @@ def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
 
 def describe_worker(strategy: tf.distribute.Strategy, index: int) -> str:
     """'worker 1 (host:port)', for messages."""
-    addresses = strategy.cluster_resolver.cluster_spec().as_dict()['worker']
-    return f'worker {index} ({addresses[index]})'
+    return f'worker {index} ({strategy.cluster_resolver.cluster_spec().task_address("worker", index)})'
 
 
 def _find_cluster() -> tf.distribute.cluster_resolver.ClusterResolver | None:
@@ -117,7 +116,7 @@ def _build_multi_worker_strategy(num_gpus: int, timeout_secs: float) -> tf.distr
         timeout_seconds=timeout_secs, implementation='NCCL' if num_gpus else 'RING'))
     strategy.peer_timeout_secs = timeout_secs  # for preemption.Watchdog
     logging.info('strategy multi_worker: this is %s of %d, with %s', describe_worker(strategy, resolver.task_id),
-                 len(resolver.cluster_spec().as_dict()['worker']), f'{num_gpus} GPUs' if num_gpus else 'a CPU')
+                 resolver.cluster_spec().num_tasks('worker'), f'{num_gpus} GPUs' if num_gpus else 'a CPU')
     return strategy
 
 
