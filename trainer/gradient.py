@@ -23,8 +23,9 @@ def make_forward_backward(model: keras.Model, settings: Train, normalize: Callab
     """Makes forward_backward(params, batch_stats, loss_scale, batch, keys, cross_replica_mean=None) -> (grads,
     batch_stats, sums) of these rows: uint8 images -> normalize -> model, a pure function of its variables.
 
-    Gradients are to be summed over `num_replicas` replicas. So are batch statistics over settings.accumulate parts, of
-    which each has its own. cross_replica_mean synchronises them, see `ghostnet.keyed.step_context`.
+    Summed over `num_replicas` replicas the gradients are those of the global mean. Batch statistics are the sum of what
+    each of settings.accumulate parts has; cross_replica_mean, None with parts, synchronises them, see
+    `ghostnet.keyed.step_context`.
     """
     def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor,
                          cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None):

@@ -129,9 +129,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
     """Makes train_loop(iterator, num_steps) -> float32 scalars summed over the steps.
 
     The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
-    'grad_norm' and 'skipped' over steps; 'data_wait_secs'.
-
-    model is used as a pure function of the variables in state. step_arguments: the others of `make_step`.
+    'grad_norm' and 'skipped' over steps; 'data_wait_secs'. step_arguments: those of `make_step` that are not here.
     """
     step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync, **step_arguments)
 
