@@ -41,11 +41,13 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], i
         return int
     num_local = len(strategy.extended.worker_devices)
 
-    def replica_sum(value):  # of all replicas: each worker's value counts as often as it has replicas
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+    def replica_value(value):
+        replica = tf.distribute.get_replica_context()
+        own = tf.where(replica.replica_id_in_sync_group % num_local == 0, value, 0)
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, own)
 
-    sums = tf.function(lambda value: strategy.run(replica_sum, args=(value,)))
-    return lambda value: int(strategy.experimental_local_results(sums(tf.constant(value, tf.int64)))[0]) // num_local
+    values = tf.function(lambda value: strategy.run(replica_value, args=(value,)))
+    return lambda value: int(strategy.experimental_local_results(values(tf.constant(value, tf.int64)))[0])
 
 
 def use_jit(jit: bool | str, strategy: tf.distribute.Strategy, sync_batch_norm: bool) -> bool:
