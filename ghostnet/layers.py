@@ -74,9 +74,6 @@ class BatchNorm(keras.layers.Layer):
         count = tf.cast(tf.reduce_prod(tf.shape(x)[:3]) * step.num_replicas, tf.float32)
         return tf.cast(y, x.dtype), mean, variance * count / tf.maximum(count - 1, 1)
 
-    def get_config(self):
-        return {**super().get_config(), 'momentum': self.momentum, 'epsilon': self.epsilon}
-
 
 def _fan_in_uniform(fan_in: int) -> keras.initializers.Initializer:
     """Uniform in +-1 / sqrt(fan_in), the default of PyTorch that the reference implementation trains from.
@@ -125,10 +122,6 @@ class Conv(keras.layers.Layer):
             x = tf.nn.conv2d(x, kernel, self.strides, _symmetric_padding(self.kernel_size, self.strides))
         return x if self.bias is None else tf.nn.bias_add(x, tf.convert_to_tensor(self.bias))
 
-    def get_config(self):
-        return {**super().get_config(), 'filters': self.filters, 'kernel_size': self.kernel_size,
-                'strides': self.strides, 'use_bias': self.use_bias}
-
 
 @tf.custom_gradient
 def _depthwise_on_small_map(x: tf.Tensor, kernel: tf.Tensor):
@@ -175,36 +168,40 @@ class DepthwiseConv(keras.layers.Layer):
         return tf.nn.depthwise_conv2d(x, kernel, [1, self.strides, self.strides, 1],
                                       _symmetric_padding(self.kernel_size, self.strides))
 
-    def get_config(self):
-        return {**super().get_config(), 'kernel_size': self.kernel_size, 'strides': self.strides}
+
+class Composite(keras.layers.Layer):
+    """A layer made of layers, which a trace of its `call` builds."""
+
+    def build(self, input_shape):
+        if not tf.inside_function():  # or else the call that is being traced builds them
+            self.compute_output_spec(keras.KerasTensor(input_shape, self.compute_dtype))
+
+
+def run_chain(layers: list[keras.layers.Layer], x: tf.Tensor) -> tf.Tensor:
+    """Runs x through one layer after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 @keras.saving.register_keras_serializable('ghostnet')
-class ConvBN(keras.layers.Layer):
+class ConvBN(Composite):
     """Convolution (depthwise where `filters` is None), batch norm, and ReLU if `relu`."""
 
     def __init__(self, filters: int | None, kernel_size: int = 1, strides: int = 1, relu: bool = True, **kwargs):
         super().__init__(**kwargs)
-        self.config = {'filters': filters, 'kernel_size': kernel_size, 'strides': strides, 'relu': relu}
-        depthwise = filters is None
-        self.conv = (DepthwiseConv(kernel_size, strides, name='conv') if depthwise else
+        self.relu = relu
+        self.conv = (DepthwiseConv(kernel_size, strides, name='conv') if filters is None else
                      Conv(filters, kernel_size, strides, name='conv'))
         self.bn = BatchNorm(name='bn')
 
-    def build(self, input_shape):
-        self.conv.build(input_shape)
-        self.bn.build((*input_shape[:-1], self.config['filters'] or input_shape[-1]))
-
     def call(self, x):
         x = self.bn(self.conv(x))
-        return tf.nn.relu(x) if self.config['relu'] else x
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
+        return tf.nn.relu(x) if self.relu else x
 
 
 @keras.saving.register_keras_serializable('ghostnet')
-class GhostModule(keras.layers.Layer):
+class GhostModule(Composite):
     """[B, H, W, in] -> [B, H, W, filters]: half ordinary 1x1 convolution, half cheap depthwise 3x3 of that half.
 
     Paper section 3.1 at ratio 2; ceil(filters / 2) maps are the primary ones. The cheap operation sees the primary
@@ -213,49 +210,34 @@ class GhostModule(keras.layers.Layer):
 
     def __init__(self, filters: int, relu: bool = True, **kwargs):
         super().__init__(**kwargs)
-        self.config = {'filters': filters, 'relu': relu}
+        self.filters = filters
         self.primary = ConvBN(-(-filters // 2), relu=relu, name='primary')
         self.cheap = ConvBN(None, kernel_size=3, relu=relu, name='cheap')
-
-    def build(self, input_shape):
-        self.primary.build(input_shape)
-        self.cheap.build((*input_shape[:-1], self.primary.config['filters']))
 
     def call(self, x):
         primary = self.primary(x)
         maps = tf.concat([primary, self.cheap(primary)], axis=-1)
         # The slice is an identity for even `filters`, but its gradient is a copy.
-        return maps if self.config['filters'] % 2 == 0 else maps[..., :self.config['filters']]
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
+        return maps if self.filters % 2 == 0 else maps[..., :self.filters]
 
 
 @keras.saving.register_keras_serializable('ghostnet')
-class SqueezeExcite(keras.layers.Layer):
+class SqueezeExcite(Composite):
     """Scales each channel by hard_sigmoid(expand(relu(reduce(mean over H, W)))), hard_sigmoid(x) = relu6(x + 3) / 6."""
 
     def __init__(self, filters: int, hidden: int, **kwargs):
         super().__init__(**kwargs)
-        self.config = {'filters': filters, 'hidden': hidden}
         self.reduce = Conv(hidden, use_bias=True, name='reduce')
         self.expand = Conv(filters, use_bias=True, name='expand')
-
-    def build(self, input_shape):
-        self.reduce.build(input_shape)
-        self.expand.build((*input_shape[:-1], self.config['hidden']))
 
     def call(self, x):
         gate = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
         gate = self.expand(tf.nn.relu(self.reduce(gate)))
         return x * (tf.nn.relu6(gate + 3) / 6)
 
-    def get_config(self):
-        return {**super().get_config(), **self.config}
-
 
 @keras.saving.register_keras_serializable('ghostnet')
-class GhostBottleneck(keras.layers.Layer):
+class GhostBottleneck(Composite):
     """[B, H, W, in_filters] -> [B, ceil(H / strides), ceil(W / strides), filters].
 
     Paper section 3.2: ghost module to `expansion` maps, at stride 2 a depthwise convolution without ReLU, squeeze and
@@ -267,8 +249,6 @@ class GhostBottleneck(keras.layers.Layer):
     def __init__(self, in_filters: int, expansion: int, filters: int, kernel_size: int = 3, strides: int = 1,
                  se_hidden: int | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.config = {'in_filters': in_filters, 'expansion': expansion, 'filters': filters,
-                       'kernel_size': kernel_size, 'strides': strides, 'se_hidden': se_hidden}
         main = [GhostModule(expansion, name='ghost1')]
         if strides > 1:
             main.append(ConvBN(None, kernel_size, strides, relu=False, name='depthwise'))
@@ -279,16 +259,5 @@ class GhostBottleneck(keras.layers.Layer):
             ConvBN(None, kernel_size, strides, relu=False, name='shortcut_depthwise'),
             ConvBN(filters, relu=False, name='shortcut_pointwise')]
 
-    def build(self, input_shape):
-        self.compute_output_spec(keras.KerasTensor(input_shape, self.compute_dtype))  # builds the layers inside
-
     def call(self, x):
-        y = shortcut = x
-        for layer in self.main:
-            y = layer(y)
-        for layer in self.shortcut:
-            shortcut = layer(shortcut)
-        return y + shortcut
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
+        return run_chain(self.main, x) + run_chain(self.shortcut, x)
