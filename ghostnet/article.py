@@ -10,10 +10,9 @@ variance, n / (n - 1) times that of Keras' layer, n = B * H * W. Outputs and gra
 head, where n = B, the moving variance differs visibly at small batches.
 """
 import keras
-import tensorflow as tf
 
-from ghostnet.layers import BatchNorm
-from ghostnet.model import BLOCKS, HEAD_FILTERS, GlobalAveragePool
+from ghostnet import layers
+from ghostnet.model import BLOCKS, HEAD_FILTERS, Chain, GlobalAveragePool, connect
 
 STEM_FILTERS, TAIL_FILTERS = 16, 960
 
@@ -27,7 +26,7 @@ def _depthwise(kernel_size: int, strides: int = 1, **kwargs) -> keras.layers.Lay
 
 
 def _batch_norm(name: str) -> keras.layers.Layer:
-    return BatchNorm(momentum=0.99, epsilon=1e-3, name=f'{name}_bn')
+    return layers.BatchNorm(momentum=0.99, epsilon=1e-3, name=f'{name}_bn')
 
 
 def _bn_relu(name: str) -> list[keras.layers.Layer]:
@@ -35,7 +34,7 @@ def _bn_relu(name: str) -> list[keras.layers.Layer]:
 
 
 @keras.saving.register_keras_serializable('ghostnet_article')
-class GhostModule(keras.layers.Layer):
+class GhostModule(layers.Composite):
     """[B, H, W, in] -> [B, H, W, filters], linear: a 1x1 convolution and a depthwise 3x3 of its output, concatenated.
 
     `filters` is even, as everywhere in the block table.
@@ -47,50 +46,28 @@ class GhostModule(keras.layers.Layer):
         self.primary = _conv(filters // 2, name='primary')
         self.cheap = _depthwise(3, name='cheap')
 
-    def build(self, input_shape):
-        self.primary.build(input_shape)
-        self.cheap.build((*input_shape[:-1], self.filters // 2))
-
-    def call(self, x):
-        primary = self.primary(x)
-        return tf.concat([primary, self.cheap(primary)], axis=-1)
-
-    def get_config(self):
-        return {**super().get_config(), 'filters': self.filters}
+    call = layers.GhostModule.call  # the layers inside are what differs; so it is below
 
 
 @keras.saving.register_keras_serializable('ghostnet_article')
-class SqueezeExcite(keras.layers.Layer):
+class SqueezeExcite(layers.Composite):
     """Scales each of `filters` channels by hard_sigmoid(expand(relu(reduce(mean over H, W)))), reduced to a half."""
 
     def __init__(self, filters: int, **kwargs):
         super().__init__(**kwargs)
-        self.filters = filters
         self.reduce = _conv(filters // 2, name='reduce')
         self.expand = _conv(filters, name='expand')
 
-    def build(self, input_shape):
-        self.reduce.build(input_shape)
-        self.expand.build((*input_shape[:-1], self.filters // 2))
-
-    def call(self, x):
-        gate = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
-        gate = self.expand(tf.nn.relu(self.reduce(gate)))
-        return x * (tf.nn.relu6(gate + 3) / 6)
-
-    def get_config(self):
-        return {**super().get_config(), 'filters': self.filters}
+    call = layers.SqueezeExcite.call
 
 
 @keras.saving.register_keras_serializable('ghostnet_article')
-class GhostBottleneck(keras.layers.Layer):
+class GhostBottleneck(layers.Composite):
     """[B, H, W, in] -> [B, ceil(H / strides), ceil(W / strides), filters]; the shortcut is never the identity."""
 
     def __init__(self, expansion: int, filters: int, kernel_size: int = 3, strides: int = 1, apply_se: bool = False,
                  **kwargs):
         super().__init__(**kwargs)
-        self.config = {'expansion': expansion, 'filters': filters, 'kernel_size': kernel_size, 'strides': strides,
-                       'apply_se': apply_se}
         main = [GhostModule(expansion, name='ghost1'), *_bn_relu('ghost1')]
         if strides > 1:
             main += [_depthwise(kernel_size, strides, name='depthwise'), *_bn_relu('depthwise')]
@@ -100,19 +77,7 @@ class GhostBottleneck(keras.layers.Layer):
         self.shortcut = [_depthwise(kernel_size, strides, name='shortcut_depthwise'), _batch_norm('shortcut_depthwise'),
                          _conv(filters, name='shortcut_pointwise'), _batch_norm('shortcut_pointwise')]
 
-    def build(self, input_shape):
-        self.compute_output_spec(keras.KerasTensor(input_shape, self.compute_dtype))  # builds the layers inside
-
-    def call(self, x):
-        y = shortcut = x
-        for layer in self.main:
-            y = layer(y)
-        for layer in self.shortcut:
-            shortcut = layer(shortcut)
-        return y + shortcut
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
+    call = layers.GhostBottleneck.call
 
 
 def _build_layers(classes: int, apply_se: bool, classifier_activation: str | None) -> list[keras.layers.Layer]:
@@ -122,11 +87,10 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
     if classifier_activation not in ('softmax', None):
         raise ValueError(f"article.classifier_activation is {classifier_activation!r}; it must be 'softmax', or None "
                          'for logits')
-    layers = [_conv(STEM_FILTERS, 3, 2, name='stem'), *_bn_relu('stem')]
-    for number, (kernel_size, expansion, filters, se_ratio, strides) in enumerate(BLOCKS, start=1):
-        layers.append(GhostBottleneck(expansion, filters, kernel_size, strides, bool(apply_se and se_ratio),
-                                      name=f'block_{number}'))
-    return layers + [
+    return [
+        _conv(STEM_FILTERS, 3, 2, name='stem'), *_bn_relu('stem'),
+        *(GhostBottleneck(expansion, filters, kernel_size, strides, bool(apply_se and se_ratio), name=f'block_{number}')
+          for number, (kernel_size, expansion, filters, se_ratio, strides) in enumerate(BLOCKS, start=1)),
         _conv(TAIL_FILTERS, name='tail'), *_bn_relu('tail'), GlobalAveragePool(name='pool'),
         _conv(HEAD_FILTERS, name='head'), *_bn_relu('head'),
         _conv(classes, name='classifier', dtype='float32'),  # outputs are float32 whatever the compute dtype
@@ -136,51 +100,30 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
 
 
 @keras.saving.register_keras_serializable('ghostnet_article')
-class GhostNet(keras.Model):
+class GhostNet(Chain):
     """The tutorial's network as a class, built on construction. Arguments and tensors as in `ghostnet`; any image size.
 
     Variables stand in the same order as in the function form: a.set_weights(b.get_weights()) makes them equal.
     """
 
     def __init__(self, classes: int, apply_se: bool = True, classifier_activation: str | None = 'softmax', **kwargs):
-        super().__init__(**kwargs)
-        self.config = {'classes': classes, 'apply_se': apply_se, 'classifier_activation': classifier_activation}
-        self.chain = _build_layers(classes, apply_se, classifier_activation)
-        self.build((None, None, None, 3))
-
-    def build(self, input_shape):
-        self.compute_output_spec(keras.KerasTensor(input_shape, self.compute_dtype))  # builds the layers inside
-
-    def call(self, images, training=False):  # stateless_call and fit hand it on only where it stands in the signature
-        x = images
-        for layer in self.chain:
-            x = layer(x, training=training)
-        return x
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
+        config = {'classes': classes, 'apply_se': apply_se, 'classifier_activation': classifier_activation}
+        super().__init__(_build_layers, config, **kwargs)
 
 
 def ghostnet(classes: int, apply_se: bool = True, classifier_activation: str | None = 'softmax', *,
              image_size: int | tuple[int, int] | None = 224) -> keras.Model:
-    """The tutorial's network as a functional Keras model.
+    """The tutorial's network as a functional Keras model, [B, H, W, 3] normalised images -> float32 [B, classes].
 
-    [B, H, W, 3] normalised images -> float32 [B, classes]: probabilities, or logits. 6,836,664 trainable parameters
-    with 1000 classes, 3,840,312 without squeeze-and-excite.
+    6,836,664 trainable parameters with 1000 classes, 3,840,312 without squeeze-and-excite.
 
     Args:
         classes: number of outputs.
-        apply_se: False leaves squeeze-and-excite out, in both forms. The tutorial's own functions come to that: they
-            compute it and drop the result.
-        classifier_activation: 'softmax', or None for logits, which is what a loss of this repository takes: training
-            needs None.
+        apply_se: False leaves squeeze-and-excite out; so do the tutorial's functions, which drop its result.
+        classifier_activation: 'softmax', or None for logits, which training needs.
         image_size: H and W, one number for a square, None for any.
 
     Raises:
         ValueError: a number of classes or an activation that does not exist.
     """
-    height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
-    x = images = keras.Input((height, width, 3), name='images')
-    for layer in _build_layers(classes, apply_se, classifier_activation):
-        x = layer(x)
-    return keras.Model(images, x, name='ghostnet_article')
+    return connect(_build_layers(classes, apply_se, classifier_activation), image_size, 'ghostnet_article')

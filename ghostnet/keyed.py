@@ -5,44 +5,31 @@ Apart from layers.py because the hash also serves whatever else is drawn on the 
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 
 class StepContext(NamedTuple):
-    """What the layers of one training step share. Set by `step_context`."""
+    """What the layers of one training step share."""
 
-    row_keys: tf.Tensor | None = None  # uint32 [B]: one key for each row, see `row_keys`
-    cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None  # synchronises batch norm
+    row_keys: tf.Tensor | None = None  # uint32 [B], of each row's dropout mask. None: TensorFlow's own generator draws
+    # float32 tensor -> its differentiable mean over num_replicas. None: batch norm takes statistics of these rows only.
+    cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None
     num_replicas: int = 1
-    momentum: float | None = None  # of batch norm's moving statistics, instead of the layers' own
+    momentum: float | None = None  # of batch norm's moving statistics, 0 leaving the batch's. None: the layers' own
 
 
 _OUTSIDE = StepContext()
 _context = contextvars.ContextVar('ghostnet_step_context', default=_OUTSIDE)
-
-
-def current_step() -> StepContext:
-    """What the enclosing `step_context` gave; the defaults outside of any."""
-    return _context.get()
+current_step = _context.get  # what the enclosing `step_context` gave; the defaults outside of any
 
 
 @contextlib.contextmanager
-def step_context(row_keys: tf.Tensor | None = None,
-                 cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None,
-                 num_replicas: int = 1, momentum: float | None = None) -> Iterator[None]:
-    """Gives the layers called inside what depends on the step.
-
-    Args:
-        row_keys: uint32 [B], the key of each row's dropout mask. None: dropout draws from TensorFlow's own generator.
-        cross_replica_mean: float32 tensor -> its mean over replicas, differentiable. None: batch norm takes the
-            statistics of this replica's rows only.
-        num_replicas: how many replicas `cross_replica_mean` averages.
-        momentum: how much of its moving statistics batch norm keeps; 0 leaves those of the batch. None: its own.
-    """
-    token = _context.set(StepContext(row_keys, cross_replica_mean, num_replicas, momentum))
+def step_context(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Gives StepContext(*args, **kwargs) to the layers called inside."""
+    token = _context.set(StepContext(*args, **kwargs))
     try:
         yield
     finally:
@@ -65,11 +52,7 @@ def mix_bits(x: tf.Tensor) -> tf.Tensor:
 def row_keys(seed: int, step: tf.Tensor, first_row: tf.Tensor, num_rows: int) -> tf.Tensor:
     """uint32 [num_rows]: keys of rows first_row ... of the *global* batch, whatever replica they are on.
 
-    Args:
-        seed: any Python integer; its low 32 bits count.
-        step: int scalar, the training step.
-        first_row: int scalar, the number in the global batch of this replica's first row.
-        num_rows: rows of this replica.
+    Of any Python integer as seed the low 32 bits count; step and first_row are int scalars.
     """
     key = mix_bits(tf.constant(seed & 0xFFFFFFFF, tf.uint32) + tf.constant(0x9E3779B9, tf.uint32))
     key = mix_bits(key ^ tf.cast(step, tf.uint32))
@@ -104,6 +87,3 @@ class KeyedDropout(keras.layers.Layer):
         uniform = tf.random.uniform(tf.shape(x)) if keys is None else keyed_uniform(keys, x.shape[-1])
         keep = tf.cast(uniform >= self.rate, x.dtype)
         return x * keep / tf.cast(1 - self.rate, x.dtype)
-
-    def get_config(self):
-        return {**super().get_config(), 'rate': self.rate}

@@ -177,10 +177,10 @@ class Composite(keras.layers.Layer):
             self.compute_output_spec(keras.KerasTensor(input_shape, self.compute_dtype))
 
 
-def run_chain(layers: list[keras.layers.Layer], x: tf.Tensor) -> tf.Tensor:
+def run_chain(layers: list[keras.layers.Layer], x: tf.Tensor, **kwargs) -> tf.Tensor:
     """Runs x through one layer after the other."""
     for layer in layers:
-        x = layer(x)
+        x = layer(x, **kwargs)
     return x
 
 

@@ -1,11 +1,13 @@
 """The GhostNet block table and the two forms of the network: the class `GhostNet` and the function `ghostnet`."""
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from ghostnet.keyed import KeyedDropout
-from ghostnet.layers import Conv, ConvBN, GhostBottleneck
+from ghostnet.layers import Composite, Conv, ConvBN, GhostBottleneck, run_chain
 
 # Paper table 1, as the authors' code has it; channels at width 1.
 BLOCKS = (
@@ -46,18 +48,38 @@ class GlobalAveragePool(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable('ghostnet')
-class Head(keras.layers.Layer):
+class Head(Composite):
     """[B, 1, 1, C] -> [B, HEAD_FILTERS]: 1x1 convolution with a bias and ReLU, no batch norm."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.conv = Conv(HEAD_FILTERS, use_bias=True, name='conv')
 
-    def build(self, input_shape):
-        self.compute_output_spec(keras.KerasTensor(input_shape, self.compute_dtype))  # builds the layers inside
-
     def call(self, x):
         return tf.squeeze(tf.nn.relu(self.conv(x)), axis=[1, 2])
+
+
+class Chain(Composite, keras.Model):
+    """The layers that build_layers(**config) gives, one after the other; built on construction."""
+
+    def __init__(self, build_layers: Callable[..., list[keras.layers.Layer]], config: dict[str, Any], **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        self.chain = build_layers(**config)
+        self.build((None, None, None, 3))
+
+    def call(self, images, training=False):  # named and handed on, or else it is lost under stateless_call and fit
+        return run_chain(self.chain, images, training=training)
+
+    def get_config(self):
+        return {**super().get_config(), **self.config}
+
+
+def connect(layers: list[keras.layers.Layer], image_size: int | tuple[int, int] | None, name: str) -> keras.Model:
+    """The layers, one after the other, as a functional model of images of H and W, or of a square, or of any size."""
+    height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    images = keras.Input((height, width, 3), name='images')
+    return keras.Model(images, run_chain(layers, images), name=name)
 
 
 def _build_layers(num_classes: int, width: float, version: int, dropout: float | None) -> list[keras.layers.Layer]:
@@ -88,50 +110,29 @@ def _build_layers(num_classes: int, width: float, version: int, dropout: float |
 
 
 @keras.saving.register_keras_serializable('ghostnet')
-class GhostNet(keras.Model):
+class GhostNet(Chain):
     """GhostNet as a class, built on construction. Arguments and tensors as in `ghostnet`; any image size."""
 
     def __init__(self, num_classes: int = 1000, width: float = 1.0, version: int = 1, *,
                  dropout: float | None = None, **kwargs):
-        super().__init__(**kwargs)
-        self.config = {'num_classes': num_classes, 'width': width, 'version': version, 'dropout': dropout}
-        self.chain = _build_layers(num_classes, width, version, dropout)
-        self.build((None, None, None, 3))
-
-    def build(self, input_shape):
-        self.compute_output_spec(keras.KerasTensor(input_shape, self.compute_dtype))  # builds the layers inside
-
-    def call(self, images, training=False):  # stateless_call and fit hand it on only where it stands in the signature
-        x = images
-        for layer in self.chain:
-            x = layer(x, training=training)
-        return x
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
+        config = {'num_classes': num_classes, 'width': width, 'version': version, 'dropout': dropout}
+        super().__init__(_build_layers, config, **kwargs)
 
 
 def ghostnet(num_classes: int = 1000, width: float = 1.0, version: int = 1, *,
              image_size: int | tuple[int, int] | None = 224, dropout: float | None = None) -> keras.Model:
-    """GhostNet as a functional Keras model.
-
-    [B, H, W, 3] normalised images -> float32 logits [B, num_classes].
+    """GhostNet as a functional Keras model: [B, H, W, 3] normalised images -> float32 logits [B, num_classes].
 
     Args:
-        num_classes: number of logits.
+        num_classes, version: number of logits; 1.
         width: multiplier of all channels but the 1280 of the head; 1.0 is 5.2 M parameters, 141 M multiply-adds.
-        version: 1.
         image_size: H and W, one number for a square, None for any.
         dropout: rate before the classifier; None takes the version's own (0.2).
 
     Raises:
         ValueError: a version, number of classes, width or rate that does not exist.
     """
-    height, width_ = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
-    x = images = keras.Input((height, width_, 3), name='images')
-    for layer in _build_layers(num_classes, width, version, dropout):
-        x = layer(x)
-    return keras.Model(images, x, name='ghostnet')
+    return connect(_build_layers(num_classes, width, version, dropout), image_size, 'ghostnet')
 
 
 def count_macs(model: keras.Model, image_size: int | tuple[int, int] = 224) -> int:
