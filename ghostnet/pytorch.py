@@ -51,13 +51,10 @@ _SAFETENSORS_DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 
 
 def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike | Mapping[str, Any], *,
                          strict: bool = True) -> dict[str, list[str]]:
-    """Sets the variables of a GhostNet, class or function form, from a PyTorch state dict.
+    """Sets the variables of a GhostNet, class or function form, from a PyTorch state dict: name -> array or tensor.
 
-    Args:
-        model: from `GhostNet` or `ghostnet`, of the version, width and number of classes of the weights.
-        path_or_mapping: name -> NumPy array or tensor; or a file of them, .pth or .pt (which need torch), .safetensors
-            or .npz. A state dict inside {'state_dict': ...} is found. num_batches_tracked is ignored.
-        strict: False loads what fits, and logs a warning that lists the rest.
+    It may also be a .pth or .pt (which need torch), .safetensors or .npz file, or stand inside {'state_dict': ...}.
+    num_batches_tracked is ignored. Not strict loads what fits, and logs a warning that lists the rest.
 
     Returns:
         {'missing': [...], 'left over': [...], 'misshapen': [...]}: what did not fit. Empty lists where strict.
@@ -72,7 +69,7 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
     state = {key: _to_numpy(value) for key, value in state.get('state_dict', state).items()
              if not key.endswith('num_batches_tracked')}
     variables = _variables_by_key(model)
-    shapes = {key: _to_pytorch_layout(np.empty(variable.shape)).shape for key, variable in variables.items()}
+    shapes = {key: tuple(variable.shape[i] for i in _axes(variable)) for key, variable in variables.items()}
     fitting = [key for key in variables if key in state and state[key].shape == shapes[key]]
     problems = {
         'missing': [key for key in variables if key not in state],
@@ -88,7 +85,7 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
             raise ValueError(message)
         logging.getLogger(__name__).warning('%s', message)
     for key in fitting:
-        variables[key].assign(_to_keras_layout(state[key]))
+        variables[key].assign(state[key].transpose(np.argsort(_axes(variables[key]))))
     return problems
 
 
@@ -98,16 +95,13 @@ def to_pytorch_state_dict(model: keras.Model, naming: str = 'timm') -> dict[str,
     As tensors they fit load_state_dict of timm's and of the authors' model. num_batches_tracked, which that does not
     ask of a plain dict, is left out.
 
-    Args:
-        model: from `GhostNet` or `ghostnet`.
-        naming: 'timm' or 'official', which are the same for version 1.
-
     Raises:
-        ValueError: another naming, or a model that is no GhostNet.
+        ValueError: a naming other than 'timm' and 'official', or a model that is no GhostNet.
     """
     if naming not in NAMINGS:
         raise ValueError(f'naming is {naming!r}; it must be one of {", ".join(NAMINGS)}')
-    return {key: _to_pytorch_layout(variable.numpy()) for key, variable in _variables_by_key(model).items()}
+    return {key: np.ascontiguousarray(variable.numpy().transpose(_axes(variable)))
+            for key, variable in _variables_by_key(model).items()}
 
 
 def _variables_by_key(model: keras.Model) -> dict[str, keras.Variable]:
@@ -121,19 +115,13 @@ def _variables_by_key(model: keras.Model) -> dict[str, keras.Variable]:
     return variables
 
 
-# Kernels are [k, k, in, out] here and [out, in, k, k] there; depthwise [k, k, C, 1] and [C, 1, k, k]; dense [in, out]
-# and [out, in]. A 1 tells the depthwise ones: no ordinary convolution of the network has one output or one input.
-
-def _to_pytorch_layout(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 4:
-        array = array.transpose(2, 3, 0, 1) if array.shape[3] == 1 else array.transpose(3, 2, 0, 1)
-    return np.ascontiguousarray(array.T if array.ndim == 2 else array)
-
-
-def _to_keras_layout(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 4:
-        return array.transpose(2, 3, 0, 1) if array.shape[1] == 1 else array.transpose(2, 3, 1, 0)
-    return array.T if array.ndim == 2 else array
+def _axes(variable: keras.Variable) -> tuple[int, ...]:
+    """The order that PyTorch has the axes of a variable in."""
+    if len(variable.shape) < 4:
+        return tuple(reversed(range(len(variable.shape))))  # a dense kernel is [in, out] here and [out, in] there
+    # Kernels are [k, k, in, out] here and [out, in, k, k] there; depthwise [k, k, C, 1] and [C, 1, k, k]. A 1 tells the
+    # depthwise ones: no ordinary convolution of the network has one output.
+    return (2, 3, 0, 1) if variable.shape[3] == 1 else (3, 2, 0, 1)
 
 
 def _to_numpy(value: Any) -> np.ndarray:

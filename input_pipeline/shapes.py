@@ -20,10 +20,6 @@ NUM_EXAMPLES = {'train': 5000, 'test': 1000}
 _SPLIT_KEYS = {'train': 0, 'test': 1}
 _LUMA = np.array([5, 9, 2], np.int16)  # of red, green and blue, in sixteenths
 
-
-# The shapes: coordinates u, v (int32 [h, w]) -> bool [h, w], inside or not. Each lies within the circle of radius UNIT
-# around the origin, and all stay apart under rotation, flip and a stretch of 4 to 3.
-
 UNIT = 1024
 _COS_SIN_72 = ((1024, 0), (316, 974), (-828, 602), (-828, -602), (316, -974))  # of multiples of 72 degrees, times UNIT
 _COS_SIN_120 = ((1024, 0), (-512, 887), (-512, -887))
@@ -33,62 +29,33 @@ def _disc(u: np.ndarray, v: np.ndarray, radius: int = 860) -> np.ndarray:
     return u * u + v * v <= radius * radius
 
 
-def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return _disc(u, v, 920) & ~_disc(u, v, 500)
-
-
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(abs(u), abs(v)) <= 700
-
-
-def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum.reduce([a * u + b * v for a, b in _COS_SIN_120]) <= 510 * UNIT
-
-
-def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # A pentagram: within at least four of the five half-planes that bound its inner pentagon.
-    return sum((a * u + b * v <= 315 * UNIT).astype(np.int8) for a, b in _COS_SIN_72) >= 4
-
-
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return (np.minimum(abs(u), abs(v)) <= 250) & (np.maximum(abs(u), abs(v)) <= 950)
-
-
-def _crescent(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return _disc(u, v, 960) & ~_disc(u - 480, v, 760)
-
-
-def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # Two discs that touch, and the kite between that point and the tip, where their outer tangents meet.
-    u, v = abs(u), v + 350
-    return _disc(u - 440, v, 440) | (3 * v >= u) & (4 * u + 3 * v <= 9 * 440)
-
-
-def _arrow(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    head = (u >= 0) & (abs(v) <= np.minimum(980 - u, 760))
-    return head | (u < 0) & (u >= -960) & (abs(v) <= 230)
-
-
-def _hourglass(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return (abs(u) <= 720) & (5 * abs(v) <= 4 * abs(u) + 250)
-
-
-def _bar(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return (abs(v) <= 110) & (abs(u) <= 1000)
-
-
+# Coordinates u, v (int32 [h, w]) -> bool [h, w], inside or not. Each shape lies within the circle of radius UNIT around
+# the origin, and all stay apart under rotation, flip and a stretch of 4 to 3.
 Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 SHAPES: dict[str, Shape] = {
-    'disc': _disc, 'ring': _ring, 'square': _square, 'triangle': _triangle, 'star': _star,
-    'cross': _cross, 'crescent': _crescent, 'heart': _heart, 'arrow': _arrow, 'hourglass': _hourglass,
+    'disc': _disc,
+    'ring': lambda u, v: _disc(u, v, 920) & ~_disc(u, v, 500),
+    'square': lambda u, v: np.maximum(abs(u), abs(v)) <= 700,
+    'triangle': lambda u, v: np.maximum.reduce([a * u + b * v for a, b in _COS_SIN_120]) <= 510 * UNIT,
+    # A pentagram: within at least four of the five half-planes that bound its inner pentagon.
+    'star': lambda u, v: sum((a * u + b * v <= 315 * UNIT).astype(np.int8) for a, b in _COS_SIN_72) >= 4,
+    'cross': lambda u, v: (np.minimum(abs(u), abs(v)) <= 250) & (np.maximum(abs(u), abs(v)) <= 950),
+    'crescent': lambda u, v: _disc(u, v, 960) & ~_disc(u - 480, v, 760),
+    # Two discs that touch, and the kite between that point and the tip, where their outer tangents meet.
+    'heart': lambda u, v: (_disc(abs(u) - 440, v + 350, 440)
+                           | (3 * (v + 350) >= abs(u)) & (4 * abs(u) + 3 * (v + 350) <= 9 * 440)),
+    'arrow': lambda u, v: ((u >= 0) & (abs(v) <= np.minimum(980 - u, 760))
+                           | (u < 0) & (u >= -960) & (abs(v) <= 230)),
+    'hourglass': lambda u, v: (abs(u) <= 720) & (5 * abs(v) <= 4 * abs(u) + 250),
 }
+# A bar and a disc; the least and the greatest UNIT, in quarter pixels for every 100 pixels of the shorter side.
+_CLUTTER = (lambda u, v: (abs(v) <= 110) & (abs(u) <= 1000), 25, 55), (_disc, 8, 26)
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, int]:
-    """Draws example number `index` of a split ('train' or 'test').
+    """Example number `index` of 'train' or 'test', as an image and its label, which is `index` modulo 10.
 
-    Returns:
-      uint8 [H, W, 3], the shorter side in 80..128 and the longer up to 4/3 of it; and the label, `index` modulo 10.
+    The image is uint8 [H, W, 3], the shorter side in 80..128 and the longer up to 4/3 of it.
     """
     bits = np.random.Philox(key=(_SPLIT_KEYS[split] << 64) + index)
     label = index % len(SHAPES)
@@ -174,7 +141,7 @@ def _add_clutter(bits: np.random.Philox, canvas: np.ndarray, num_pieces: int) ->
     height, width, _ = canvas.shape
     short = min(height, width)
     for _ in range(num_pieces):
-        shape, low, high = ((_bar, 25, 55), (_disc, 8, 26))[_between(bits, 0, 1)]
+        shape, low, high = _CLUTTER[_between(bits, 0, 1)]
         centre = _between(bits, 0, 4 * height), _between(bits, 0, 4 * width)
         radius = short * _between(bits, low, high) // 100
         _stamp(bits, canvas, shape, _two_colours(bits), centre, radius, squeeze=_between(bits, 10, 16))
@@ -182,11 +149,10 @@ def _add_clutter(bits: np.random.Philox, canvas: np.ndarray, num_pieces: int) ->
 
 def _stamp(bits: np.random.Philox, canvas: np.ndarray, shape: Shape, colours: np.ndarray, centre: tuple[int, int],
            radius: int, squeeze: int) -> None:
-    """Draws a shape, turned and textured at random, onto the canvas (int16 [H, W, 3]).
+    """Draws a shape, turned and textured at random, onto the canvas (int16 [H, W, 3]), which may cut it off.
 
-    Args:
-      centre, radius: (y, x) and length of UNIT, in quarter pixels; what lies outside the canvas is cut off.
-      squeeze: extent along v, in sixteenths of that along u.
+    The centre (y, x) and the radius, which is the length of UNIT, are in quarter pixels. `squeeze` is the extent along
+    v, in sixteenths of that along u.
     """
     a, b, h = _rotation(bits)
     top, left = (max((c - radius) // 4, 0) for c in centre)
