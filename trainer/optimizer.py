@@ -8,13 +8,14 @@ type raises ConfigError.
 """
 import math
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from trainer.recipe import is_number, require
 
 Tensors = dict[str, tf.Tensor]
-Slots = dict[str, Tensors]
+Optimizer = tuple[Callable, Callable]  # (init, update)
 
 
 def is_decayed(path: str) -> bool:
@@ -22,7 +23,7 @@ def is_decayed(path: str) -> bool:
     return path.rsplit('/', 1)[-1] == 'kernel'
 
 
-def sgd(*, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0) -> tuple[Callable, Callable]:
+def sgd(*, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
     """Stochastic gradient descent with momentum, as torch.optim.SGD computes it (dampening 0).
 
     g = grad + weight_decay * p for kernels (L2 added to the gradient), v = momentum * v + g,
@@ -32,25 +33,16 @@ def sgd(*, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 
     require(is_number(weight_decay, 0), 'sgd.weight_decay', weight_decay, 'a number, at least 0')
     require(isinstance(nesterov, bool), 'sgd.nesterov', nesterov, 'True or False')
 
-    def init(params: Tensors) -> Slots:
-        return {'momentum': _zeros(params)}
+    def rule(p, g, decayed, learning_rate, constants, v):
+        g = g + weight_decay * p if weight_decay and decayed else g
+        v = momentum * v + g
+        return p - learning_rate * (g + momentum * v if nesterov else v), v
 
-    def update(grads: Tensors, slots: Slots, params: Tensors, learning_rate: tf.Tensor,
-               step: tf.Tensor) -> tuple[Tensors, Slots]:
-        del step  # the update is the same at every step
-        new_params, velocities = {}, {}
-        for path, p in params.items():
-            g = grads[path] + weight_decay * p if weight_decay and is_decayed(path) else grads[path]
-            v = momentum * slots['momentum'][path] + g
-            new_params[path] = p - learning_rate * (g + momentum * v if nesterov else v)
-            velocities[path] = v
-        return new_params, {'momentum': velocities}
-
-    return init, update
+    return _for_each_parameter(rule, {'momentum': tf.zeros_like})
 
 
 def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10,
-            weight_decay: float = 0.0) -> tuple[Callable, Callable]:
+            weight_decay: float = 0.0) -> Optimizer:
     """RMSprop as TensorFlow 1 computes it, under which the MobileNet and EfficientNet recipes were found.
 
     g = grad + weight_decay * p for kernels (L2 added to the gradient), s = decay * s + (1 - decay) * g**2 from s = 1,
@@ -65,26 +57,17 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
         require(is_number(value, 0, 1), f'rmsprop.{name}', value, 'a number, at least 0 and below 1')
     _require_epsilon_and_weight_decay('rmsprop', epsilon, weight_decay)
 
-    def init(params: Tensors) -> Slots:
-        return {'mean_square': {path: tf.ones_like(p) for path, p in params.items()}, 'momentum': _zeros(params)}
+    def rule(p, g, decayed, learning_rate, constants, s, v):
+        g = g + weight_decay * p if weight_decay and decayed else g
+        s += (1 - decay) * (g * g - s)
+        v = momentum * v + learning_rate * g / tf.sqrt(s + epsilon)
+        return p - v, s, v
 
-    def update(grads: Tensors, slots: Slots, params: Tensors, learning_rate: tf.Tensor,
-               step: tf.Tensor) -> tuple[Tensors, Slots]:
-        del step  # the update is the same at every step
-        new_params, mean_squares, velocities = {}, {}, {}
-        for path, p in params.items():
-            g = grads[path] + weight_decay * p if weight_decay and is_decayed(path) else grads[path]
-            s = slots['mean_square'][path]
-            s += (1 - decay) * (g * g - s)
-            v = momentum * slots['momentum'][path] + learning_rate * g / tf.sqrt(s + epsilon)
-            new_params[path], mean_squares[path], velocities[path] = p - v, s, v
-        return new_params, {'mean_square': mean_squares, 'momentum': velocities}
-
-    return init, update
+    return _for_each_parameter(rule, {'mean_square': tf.ones_like, 'momentum': tf.zeros_like})
 
 
 def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
-          weight_decay: float = 0.01) -> tuple[Callable, Callable]:
+          weight_decay: float = 0.01) -> Optimizer:
     """Adam with decoupled weight decay, as torch.optim.AdamW computes it.
 
     m = beta_1 * m + (1 - beta_1) * g, v = beta_2 * v + (1 - beta_2) * g**2, with t = step + 1
@@ -96,22 +79,10 @@ def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
     regularization", ICLR 2019, algorithm 2, where the schedule alone scales the decay; here, as in PyTorch, the rate
     does.
     """
-    adam = _make_adam('adamw', beta_1, beta_2, epsilon, weight_decay)
-
-    def update(grads: Tensors, slots: Slots, params: Tensors, learning_rate: tf.Tensor,
-               step: tf.Tensor) -> tuple[Tensors, Slots]:
-        directions, slots = adam(grads, slots, step)
-        new_params = {}
-        for path, p in params.items():
-            r = directions[path] + weight_decay * p if is_decayed(path) else directions[path]
-            new_params[path] = p - learning_rate * r
-        return new_params, slots
-
-    return _adam_init, update
+    return _adam('adamw', beta_1, beta_2, epsilon, weight_decay, kernel_ratio=lambda p, u: 1.0)
 
 
-def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6,
-         weight_decay: float = 0.01) -> tuple[Callable, Callable]:
+def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6, weight_decay: float = 0.01) -> Optimizer:
     """Adam whose step has, in each kernel, a length in proportion to the kernel's own: for large batches.
 
     r as in `adamw`. For kernels u = r + weight_decay * p and p -= learning_rate * (|p| / |u|) * u, where the ratio is 1
@@ -122,52 +93,58 @@ def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6,
     Source: You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", ICLR 2020,
     algorithm 2; timm's Lamb.
     """
-    adam = _make_adam('lamb', beta_1, beta_2, epsilon, weight_decay)
+    def norm_ratio(p, u):
+        p_norm, u_norm = tf.norm(p), tf.norm(u)
+        return tf.where((p_norm > 0) & (u_norm > 0), p_norm / u_norm, 1.0)
 
-    def update(grads: Tensors, slots: Slots, params: Tensors, learning_rate: tf.Tensor,
-               step: tf.Tensor) -> tuple[Tensors, Slots]:
-        directions, slots = adam(grads, slots, step)
-        new_params = {}
-        for path, p in params.items():
-            u, ratio = directions[path], 1.0
-            if is_decayed(path):
-                u += weight_decay * p
-                p_norm, u_norm = tf.norm(p), tf.norm(u)
-                ratio = tf.where((p_norm > 0) & (u_norm > 0), p_norm / u_norm, 1.0)
-            new_params[path] = p - learning_rate * ratio * u
-        return new_params, slots
-
-    return _adam_init, update
+    return _adam('lamb', beta_1, beta_2, epsilon, weight_decay, norm_ratio)
 
 
-def _adam_init(params: Tensors) -> Slots:
-    return {'first_moment': _zeros(params), 'second_moment': _zeros(params)}
-
-
-def _make_adam(name: str, beta_1: float, beta_2: float, epsilon: float, weight_decay: float) -> Callable:
-    """Checks what adamw and lamb share; makes (grads, slots, step) -> (directions r, slots)."""
+def _adam(name: str, beta_1: float, beta_2: float, epsilon: float, weight_decay: float,
+          kernel_ratio: Callable[[tf.Tensor, tf.Tensor], Any]) -> Optimizer:
+    """What adamw and lamb share; kernel_ratio(p, u) is what the rate of a kernel's step u is multiplied by."""
     for parameter, value in (('beta_1', beta_1), ('beta_2', beta_2)):
         require(is_number(value, 0, 1) and value > 0, f'{name}.{parameter}', value, 'a number, above 0 and below 1')
     _require_epsilon_and_weight_decay(name, epsilon, weight_decay)
 
-    def adam(grads: Tensors, slots: Slots, step: tf.Tensor) -> tuple[Tensors, Slots]:
+    def corrections(step):
         t = tf.cast(step, tf.float32) + 1
         # 1 - beta**t, but by expm1: float32 would lose four of its digits in the difference.
-        correction_1, correction_2 = (-tf.math.expm1(t * math.log(beta)) for beta in (beta_1, beta_2))
-        directions, firsts, seconds = {}, {}, {}
-        for path, g in grads.items():
-            m, v = slots['first_moment'][path], slots['second_moment'][path]
-            m += (1 - beta_1) * (g - m)
-            v += (1 - beta_2) * (g * g - v)
-            directions[path] = m / correction_1 / (tf.sqrt(v / correction_2) + epsilon)
-            firsts[path], seconds[path] = m, v
-        return directions, {'first_moment': firsts, 'second_moment': seconds}
+        return [-tf.math.expm1(t * math.log(beta)) for beta in (beta_1, beta_2)]
 
-    return adam
+    def rule(p, g, decayed, learning_rate, constants, m, v):
+        m += (1 - beta_1) * (g - m)
+        v += (1 - beta_2) * (g * g - v)
+        u = m / constants[0] / (tf.sqrt(v / constants[1]) + epsilon)
+        if decayed:
+            u += weight_decay * p
+            learning_rate = learning_rate * kernel_ratio(p, u)
+        return p - learning_rate * u, m, v
+
+    return _for_each_parameter(rule, {'first_moment': tf.zeros_like, 'second_moment': tf.zeros_like}, corrections)
 
 
-def _zeros(params: Tensors) -> Tensors:
-    return {path: tf.zeros_like(p) for path, p in params.items()}
+def _for_each_parameter(rule: Callable, slots_like: dict[str, Callable],
+                        constants_at: Callable[[tf.Tensor], Any] = lambda step: None) -> Optimizer:
+    """(init, update) from the rule of one parameter p and its gradient g.
+
+    rule(p, g, is_decayed, learning_rate, constants_at(step), *slots) -> (p, *slots), slots in the order of slots_like,
+    {name: function of p that gives the initial value}.
+    """
+    def init(params):
+        return {slot: {path: like(p) for path, p in params.items()} for slot, like in slots_like.items()}
+
+    def update(grads, slots, params, learning_rate, step):
+        constants = constants_at(step)
+        new_params, new_slots = {}, {slot: {} for slot in slots_like}
+        for path, p in params.items():
+            old = [slots[slot][path] for slot in slots_like]
+            new_params[path], *new = rule(p, grads[path], is_decayed(path), learning_rate, constants, *old)
+            for slot, value in zip(slots_like, new):
+                new_slots[slot][path] = value
+        return new_params, new_slots
+
+    return init, update
 
 
 def _require_epsilon_and_weight_decay(name: str, epsilon: float, weight_decay: float) -> None:
@@ -201,8 +178,7 @@ def clip_adaptively(grads: Tensors, params: Tensors, clip_factor: float) -> Tens
 
 
 def _unit_norms(t: tf.Tensor) -> tf.Tensor:
-    rank = t.shape.rank
-    is_depthwise = rank == 4 and t.shape[-1] == 1
-    unit_axis = None if rank <= 1 else rank - 2 if is_depthwise else rank - 1
-    other_axes = [axis for axis in range(rank) if axis != unit_axis]
-    return tf.sqrt(tf.reduce_sum(t * t, axis=other_axes, keepdims=True))
+    axes = list(range(t.shape.rank))
+    if len(axes) > 1:
+        axes.pop(-2 if len(axes) == 4 and t.shape[-1] == 1 else -1)  # that of the units
+    return tf.sqrt(tf.reduce_sum(t * t, axis=axes, keepdims=True))

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: factories of f(step) -> float32 scalar. Pure maths; epochs become steps here.
+"""Learning-rate schedules: factories of f(step) -> float32 scalar; step 0 is the first. Pure maths.
 
 All of them share these arguments:
     peak_rate: the largest rate, reached at the end of the warmup.
@@ -10,8 +10,8 @@ All of them share these arguments:
     rate_batch_size: the global batch that the rates are given for. All of them are multiplied by global_batch_size /
         rate_batch_size, the linear-scaling rule (Goyal et al. 2017, section 2.1). None: they are taken as they are.
 
-They return step (integer scalar, 0 is the first) -> float32 scalar, and raise ConfigError for a warmup that does not
-end before the schedule does, an initial rate without a warmup, or a value that is negative or no number.
+They raise ConfigError for a warmup that does not end before the schedule does, an initial rate without a warmup, or a
+value that is out of range or no number.
 """
 import math
 from collections.abc import Callable
@@ -31,12 +31,9 @@ def cosine(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, gl
     Source: Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.
     """
     require(is_number(final_rate, 0), 'cosine.final_rate', final_rate, 'a number, at least 0')
-
-    def decay(step: tf.Tensor, progress: tf.Tensor) -> tf.Tensor:
-        return final_rate + (peak_rate - final_rate) * 0.5 * (1 + tf.cos(math.pi * progress))
-
-    return _after_warmup(decay, 'cosine', peak_rate, initial_rate, warmup_epochs, steps_per_epoch, num_steps,
-                         rate_batch_size, global_batch_size)
+    return _after_warmup(
+        'cosine', lambda _, progress: final_rate + (peak_rate - final_rate) * 0.5 * (1 + tf.cos(math.pi * progress)),
+        num_steps, steps_per_epoch, global_batch_size, peak_rate, warmup_epochs, initial_rate, rate_batch_size)
 
 
 def linear(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, global_batch_size: int | None = None,
@@ -47,12 +44,8 @@ def linear(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, gl
     Source: Zhang et al., "ShuffleNet", CVPR 2018, section 4, whose settings the GhostNet paper takes over.
     """
     require(is_number(final_rate, 0), 'linear.final_rate', final_rate, 'a number, at least 0')
-
-    def decay(step: tf.Tensor, progress: tf.Tensor) -> tf.Tensor:
-        return peak_rate + (final_rate - peak_rate) * progress
-
-    return _after_warmup(decay, 'linear', peak_rate, initial_rate, warmup_epochs, steps_per_epoch, num_steps,
-                         rate_batch_size, global_batch_size)
+    return _after_warmup('linear', lambda _, progress: peak_rate + (final_rate - peak_rate) * progress, num_steps,
+                         steps_per_epoch, global_batch_size, peak_rate, warmup_epochs, initial_rate, rate_batch_size)
 
 
 def exponential(peak_rate: float, *, decay_rate: float, decay_epochs: float, num_steps: int,
@@ -64,9 +57,6 @@ def exponential(peak_rate: float, *, decay_rate: float, decay_epochs: float, num
     stair begins at the step nearest to its place; timm puts it off to the next whole epoch.
 
     Source: Tan and Le, "EfficientNet", ICML 2019, section 5.2 (0.97 every 2.4 epochs); timm's `step` scheduler.
-
-    Raises:
-        ConfigError: also a decay rate outside (0, 1], or stairs of no length.
     """
     require(is_number(decay_rate) and 0 < decay_rate <= 1, 'exponential.decay_rate', decay_rate,
             'a number, above 0 and at most 1')
@@ -78,22 +68,22 @@ def exponential(peak_rate: float, *, decay_rate: float, decay_epochs: float, num
         stair = tf.floor((step + 0.5) / (decay_epochs * steps_per_epoch))
         return peak_rate * tf.exp(math.log(decay_rate) * stair)
 
-    return _after_warmup(decay, 'exponential', peak_rate, initial_rate, warmup_epochs, steps_per_epoch, num_steps,
-                         rate_batch_size, global_batch_size)
+    return _after_warmup('exponential', decay, num_steps, steps_per_epoch, global_batch_size, peak_rate, warmup_epochs,
+                         initial_rate, rate_batch_size)
 
 
 def constant_rate(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0,
                   global_batch_size: int | None = None, warmup_epochs: float = 0.0, initial_rate: float = 0.0,
                   rate_batch_size: int | None = None) -> Rate:
     """Warmup, then `peak_rate` for ever: for runs of no fixed length, evaluated by their moving average."""
-    return _after_warmup(lambda step, progress: tf.fill([], float(peak_rate)), 'constant_rate', peak_rate, initial_rate,
-                         warmup_epochs, steps_per_epoch, num_steps, rate_batch_size, global_batch_size)
+    return _after_warmup('constant_rate', lambda *_: tf.fill([], float(peak_rate)), num_steps,
+                         steps_per_epoch, global_batch_size, peak_rate, warmup_epochs, initial_rate, rate_batch_size)
 
 
-def _after_warmup(decay: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], name: str, peak_rate: float, initial_rate: float,
-                  warmup_epochs: float, steps_per_epoch: float, num_steps: int, rate_batch_size: int | None,
-                  global_batch_size: int | None) -> Rate:
-    """What all schedules share: their checks, the warmup, and the scale of the batch size.
+def _after_warmup(name: str, decay: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], num_steps: int, steps_per_epoch: float,
+                  global_batch_size: int | None, peak_rate: float, warmup_epochs: float, initial_rate: float,
+                  rate_batch_size: int | None) -> Rate:
+    """The shared checks, the warmup, and the scale of the batch size.
 
     `decay` takes the step and its place between the end of the warmup (0) and that of the schedule (1).
     """
