@@ -30,18 +30,21 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
         raise DataError(f'data_dir {data_dir} is remote; give a local directory')
     try:
         source = _open(name, data_dir, split, prepare)
-        _check_first_images(source)
+        first = [source[i][0] for i in range(min(16, len(source)))]
     except OSError as error:
         raise DataError(f'{name} in {data_dir} cannot be read: {error}') from error
+    # One bad file is masked in training; when all of the first are bad, these are not images at all.
+    if not any(encoded.startswith(_IMAGE_STARTS) for encoded in first):
+        raise DataError(f'{source.where(0)} is no JPEG, PNG, GIF or BMP image (it begins with {first[0][:8]!r}), nor '
+                        f'are the {len(first) - 1} examples after it')
     return source
 
 
 def _open(name: str, data_dir: str, split: str, prepare: bool) -> Source:
-    if name == 'shapes':
-        from input_pipeline.sources.tfds import open_shapes  # TFDS is slow to import
-        return open_shapes(data_dir, split)
-    if name.startswith('tfds:') and name != 'tfds:':
-        from input_pipeline.sources.tfds import open_tfds
+    if name == 'shapes' or name.startswith('tfds:') and name != 'tfds:':
+        from input_pipeline.sources.tfds import open_shapes, open_tfds  # TFDS is slow to import
+        if name == 'shapes':
+            return open_shapes(data_dir, split)
         return open_tfds(name.removeprefix('tfds:'), data_dir, split, prepare=prepare)
     if name not in _OPENERS:
         names = ['tfds:NAME[/CONFIG][:VERSION]', *_OPENERS, 'shapes']
@@ -51,11 +54,3 @@ def _open(name: str, data_dir: str, split: str, prepare: bool) -> Source:
     if not os.path.isdir(data_dir):
         raise DataError(f'data_dir {data_dir} is no directory; {name} data must be there')
     return _OPENERS[name](data_dir, split)
-
-
-def _check_first_images(source: Source) -> None:
-    # One bad file is masked in training; when all of the first are bad, these are not images at all.
-    first = [source[i] for i in range(min(16, len(source)))]
-    if not any(encoded.startswith(_IMAGE_STARTS) for encoded, _ in first):
-        raise DataError(f'{source.where(0)} is no JPEG, PNG, GIF or BMP image (it begins with {first[0][0][:8]!r}), '
-                        f'nor are the {len(first) - 1} examples after it')

@@ -3,28 +3,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from input_pipeline.sources.index_cache import cached_arrays
+from input_pipeline.sources.index_cache import cached_array
 from input_pipeline.sources.record_index import find_image_and_label
 from input_pipeline.sources.source import DataError, Source
-from input_pipeline.sources.tfrecord import IMAGE_KEY, LABEL_KEY, check_labels, find_shards, label_rule, list_splits
+from input_pipeline.sources.tfrecord import IMAGE_KEY, LABEL_KEY, check_labels, find_shards, label_rule
 
 _SUFFIX = '.array_record'
 
 
 def open_arrayrecord(data_dir: str, split: str) -> Source:
-    """Opens DATA_DIR/<split>-?????-of-?????.array_record; records and labels as `tfrecord.open_tfrecord` has them.
+    """Opens DATA_DIR/<split>-?????-of-?????.array_record; records, labels and errors as `tfrecord.open_tfrecord`."""
+    def load_labels(split):
+        paths = find_shards(data_dir, split, _SUFFIX)
 
-    Raises:
-      DataError: shards are missing or damaged, or the labels fit neither rule.
-    """
-    labels = _load_labels(data_dir, split)
-    rule_split = 'train' if 'train' in list_splits(data_dir, _SUFFIX) else split
-    rule_labels = labels if rule_split == split else _load_labels(data_dir, rule_split)
-    what = f'{split} of {data_dir}'
-    first, num_classes = label_rule(rule_labels, f'{rule_split} of {data_dir}')
-    check_labels(labels - first, num_classes, what, f'{rule_split} has {first}..{first + num_classes - 1}')
-    return make_record_source(f'arrayrecord {what}', find_shards(data_dir, split, _SUFFIX), IMAGE_KEY, LABEL_KEY,
-                              [str(i) for i in range(num_classes)], first)
+        def build():
+            # The classes are not known yet: any label is let through, and the rule looks at them all.
+            everything = make_record_source(f'{split} of {data_dir}', paths, IMAGE_KEY, LABEL_KEY, range(1 << 31))
+            parts = np.array_split(np.arange(len(everything)), len(everything) // 256 + 1)
+            return np.concatenate([everything.read(part)[1] for part in parts])
+
+        return cached_array(paths, split + _SUFFIX, f'{IMAGE_KEY} {LABEL_KEY}', build)
+
+    first, class_names = label_rule(load_labels(split), load_labels, data_dir, split, _SUFFIX)
+    return make_record_source(f'arrayrecord {split} of {data_dir}', find_shards(data_dir, split, _SUFFIX), IMAGE_KEY,
+                              LABEL_KEY, class_names, first)
 
 
 def make_record_source(name: str, shards: Sequence, image_key: str, label_key: str, class_names: Sequence[str],
@@ -54,15 +56,3 @@ def make_record_source(name: str, shards: Sequence, image_key: str, label_key: s
         return images, labels.astype(np.int32)
 
     return Source(name, len(records), class_names, read, where)
-
-
-def _load_labels(data_dir: str, split: str) -> np.ndarray:
-    paths = find_shards(data_dir, split, _SUFFIX)
-
-    def build():
-        # The classes are not known yet: any label is let through, and the rule looks at them all.
-        everything = make_record_source(f'{split} of {data_dir}', paths, IMAGE_KEY, LABEL_KEY, range(1 << 31))
-        return {'labels': np.concatenate([everything.read(np.arange(start, min(start + 256, len(everything))))[1]
-                                          for start in range(0, len(everything), 256)] or [np.zeros(0, np.int32)])}
-
-    return cached_arrays(paths, split + _SUFFIX, f'{IMAGE_KEY} {LABEL_KEY}', build)['labels']

@@ -1,5 +1,6 @@
 """A folder of image files, one folder a class, as a source."""
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -12,19 +13,16 @@ def open_folder(data_dir: str, split: str) -> Source:
     """Opens DATA_DIR/<split>/<class>/*.{JPEG,jpg,jpeg,png}; classes and files sorted by name.
 
     The classes of a split that lies beside `train` are those of `train`, so that a split that lacks one does not shift
-    the others.
-
-    Raises:
-      DataError: no such split, a class without images, or a class that `train` does not have.
+    the others. Raises DataError for no such split, a class without images, or a class that `train` does not have.
     """
     split_dir = os.path.join(data_dir, split)
+    wanted = f'wanted {data_dir}/<split>/<class>/*.JPEG (or .jpg .jpeg .png)'
     if not os.path.isdir(split_dir):
-        raise DataError(f'no directory {split_dir}; wanted {data_dir}/<split>/<class>/*.JPEG (or .jpg .jpeg .png); '
-                        f'splits found there: {", ".join(_directories(data_dir)) or "none"}')
-    found = _directories(split_dir)
+        raise DataError(f'no directory {split_dir}; {wanted}; splits found there: '
+                        f'{", ".join(_directories(data_dir)) or "none"}')
+    found, train_dir = _directories(split_dir), os.path.join(data_dir, 'train')
     if not found:
-        raise DataError(f'{split_dir} holds no class directories; wanted {data_dir}/<split>/<class>/*.JPEG')
-    train_dir = os.path.join(data_dir, 'train')
+        raise DataError(f'{split_dir} holds no class directories; {wanted}')
     class_names = _directories(train_dir) if os.path.isdir(train_dir) else found
     unknown = sorted(set(found) - set(class_names))
     if unknown:
@@ -34,7 +32,7 @@ def open_folder(data_dir: str, split: str) -> Source:
         images = sorted(entry.name for entry in os.scandir(os.path.join(split_dir, name))
                         if entry.name.lower().endswith(_SUFFIXES) and not entry.name.startswith('.'))
         if not images:
-            raise DataError(f'{os.path.join(split_dir, name)} holds no image; wanted *.JPEG, *.jpg, *.jpeg or *.png')
+            raise DataError(f'{os.path.join(split_dir, name)} holds no image; {wanted}')
         files += [os.fsencode(os.path.join(name, image)) for image in images]
         labels += [class_names.index(name)] * len(images)
     # As arrays: a million Python strings take several times the memory.
@@ -44,11 +42,7 @@ def open_folder(data_dir: str, split: str) -> Source:
         return os.path.join(split_dir, os.fsdecode(files[i]))
 
     def read(indices):
-        images = []
-        for i in indices:
-            with open(where(i), 'rb', buffering=0) as file:
-                images.append(file.read())
-        return images, labels[indices]
+        return [Path(where(i)).read_bytes() for i in indices], labels[indices]
 
     return Source(f'folder {split_dir}', len(files), class_names, read, where)
 

@@ -17,8 +17,7 @@ _PREFIXES = {'train': 'train', 'test': 't10k'}
 def open_idx(data_dir: str, split: str) -> Source:
     """Opens {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz in DATA_DIR; splits are `train` and `test`.
 
-    Raises:
-      DataError: an unknown split, a missing or damaged file, or images and labels that do not belong together.
+    Raises DataError for an unknown split, a missing or damaged file, or images and labels that do not belong together.
     """
     if split not in _PREFIXES:
         raise DataError(f'idx has no split {split!r}; it has: train, test')
@@ -32,8 +31,6 @@ def open_idx(data_dir: str, split: str) -> Source:
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
         raise DataError(f'{images_path} holds {len(images)} images but {labels_path} {len(labels)} labels')
-    if not len(labels):
-        raise DataError(f'{images_path} holds no image')
     return array_source(images, labels, name=f'idx {images_path}')
 
 
@@ -55,21 +52,14 @@ def read_idx(path: str, num_dimensions: int) -> np.ndarray:
 
 def array_source(images: np.ndarray, labels: np.ndarray, num_classes: int | None = None, *,
                  name: str = 'array') -> Source:
-    """Source over images in memory.
+    """Source over images in memory, uint8 [N, H, W, 3] or [N, H, W], with labels, integers [N] in 0..num_classes-1.
 
-    Args:
-      images: uint8 [N, H, W, 3] or [N, H, W].
-      labels: integers [N] in 0..num_classes-1.
-      num_classes: by default the largest label and one.
-
-    Raises:
-      DataError: wrong shapes, types or labels.
+    num_classes is by default the largest label and one. Raises DataError for wrong shapes, types or labels.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     is_right = images.ndim == 3 or images.ndim == 4 and images.shape[3] == 3
     if images.dtype != np.uint8 or not is_right or not images.size:
-        raise DataError(f'{name}: images are {images.dtype} {list(images.shape)}; wanted uint8 [N, H, W, 3] or '
-                        '[N, H, W]')
+        raise DataError(f'{name}: images are {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3] or [N, H, W]')
     if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
         raise DataError(f'{name}: labels are {labels.dtype} {list(labels.shape)}; wanted integers [{len(images)}]')
     num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
@@ -87,9 +77,6 @@ def encode_png(image: np.ndarray) -> bytes:
     rows = np.zeros((height, 1 + image[0].size), np.uint8)  # each row begins with its filter type, 0: none
     rows[:, 1:] = image.reshape(height, -1)
     header = struct.pack('>IIBBBBB', width, height, 8, 2 if image.ndim == 3 else 0, 0, 0, 0)
-    return b'\x89PNG\r\n\x1a\n' + b''.join((
-        _png_chunk(b'IHDR', header), _png_chunk(b'IDAT', zlib.compress(rows.tobytes(), 0)), _png_chunk(b'IEND', b'')))
-
-
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    chunks = b'IHDR' + header, b'IDAT' + zlib.compress(rows.tobytes(), 0), b'IEND'
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks)

@@ -5,7 +5,6 @@ Checked when it is made: the masked CRC of every record's length, that every rec
 record holds one image and one label. Not checked: the CRC of the payload, which would mean reading every byte; a
 damaged image shows when it is decoded.
 """
-import dataclasses
 import mmap
 import os
 import struct
@@ -13,43 +12,21 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from input_pipeline.sources.index_cache import cached_arrays
+from input_pipeline.sources.index_cache import cached_array
 from input_pipeline.sources.source import DataError
 
 
-@dataclasses.dataclass(frozen=True)
-class RecordIndex:
-    """Of each record: its shard in `paths`, offset and length in bytes of its image, its label as stored; all [n]."""
+def load_record_index(paths: Sequence[str], name: str, image_key: str, label_key: str) -> np.ndarray:
+    """int64 [n, 4], of each record: its shard in `paths`, offset and length in bytes of its image, its label as stored.
 
-    paths: Sequence[str]
-    shard: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
-    label: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def select(self, rows: np.ndarray) -> 'RecordIndex':
-        return RecordIndex(self.paths, self.shard[rows], self.offset[rows], self.length[rows], self.label[rows])
-
-    def where(self, i: int) -> str:
-        return f'{self.paths[self.shard[i]]} (image at byte {self.offset[i]})'
-
-
-def load_record_index(paths: Sequence[str], name: str, image_key: str, label_key: str) -> RecordIndex:
-    """The index of these shards, from the cache or made now and cached under `name`.
-
-    Raises:
-      DataError: a shard is damaged, compressed or truncated, or a record lacks one of the two features.
+    From the cache, or made now and cached under `name`. Raises DataError if a shard is damaged, compressed or
+    truncated, or a record lacks one of the two features.
     """
     def build():
-        shards = [index_shard(path, image_key.encode(), label_key.encode()) for path in paths]
-        return {'shard': np.repeat(np.arange(len(paths), dtype=np.int32), [len(rows) for rows in shards]),
-                'rows': np.concatenate(shards)}
+        return np.concatenate([np.insert(index_shard(path, image_key.encode(), label_key.encode()), 0, shard, axis=1)
+                               for shard, path in enumerate(paths)])
 
-    arrays = cached_arrays(paths, name, f'{image_key} {label_key}', build)
-    return RecordIndex(paths, arrays['shard'], *np.ascontiguousarray(arrays['rows'].T))
+    return cached_array(paths, name, f'{image_key} {label_key}', build)
 
 
 def index_shard(path: str, image_key: bytes, label_key: bytes) -> np.ndarray:
@@ -58,46 +35,40 @@ def index_shard(path: str, image_key: bytes, label_key: bytes) -> np.ndarray:
     if size == 0:
         return np.zeros((0, 3), np.int64)
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-        spans = _record_spans(path, buffer, size)
-        rows = np.empty((len(spans), 3), np.int64)
-        for i, (start, end) in enumerate(spans):
+        records = _find_records(path, buffer, size)
+        rows = np.empty((len(records), 3), np.int64)
+        for i, (start, length, _) in enumerate(records):
             try:
-                rows[i] = find_image_and_label(buffer, start, end, image_key, label_key)
+                rows[i] = find_image_and_label(buffer, start, start + length, image_key, label_key)
             except (ValueError, IndexError) as error:
                 raise DataError(f'{path}, record {i}: {error}') from error
     return rows
 
 
-def _record_spans(path: str, buffer: mmap.mmap, size: int) -> list[tuple[int, int]]:
-    """Start and end of the payload of each record. A record is length u64, its CRC u32, payload, its CRC u32."""
+def _find_records(path: str, buffer: mmap.mmap, size: int) -> list[tuple[int, int, int]]:
+    """Start and length of each payload, and the CRC. A record is length u64, its CRC u32, payload, its CRC u32."""
     unpack = struct.Struct('<QI').unpack_from
-    headers, spans, at = [], [], 0
+    records, at = [], 0
     while at + 12 <= size:
         length, length_crc = unpack(buffer, at)
-        headers.append((length, length_crc))
-        spans.append((at + 12, at + 12 + length))
+        records.append((at + 12, length, length_crc))
         at += 16 + length
-    lengths, crcs = (np.array(column, np.uint64) for column in zip(*headers)) if headers else ((), ())
-    wrong = np.flatnonzero(masked_crc32c(lengths) != crcs) if headers else ()
+    _, lengths, crcs = np.array(records, np.uint64).reshape(-1, 3).T
+    wrong = np.flatnonzero(masked_crc32c(lengths) != crcs)
     if len(wrong):
-        raise DataError(f'{path}, record {wrong[0]} at byte {spans[wrong[0]][0] - 12}: the checksum of its length is '
+        raise DataError(f'{path}, record {wrong[0]} at byte {records[wrong[0]][0] - 12}: the checksum of its length is '
                         'wrong; the file is damaged, compressed or no TFRecord: copy or write it again')
     if at != size:
-        raise DataError(f'{path} ends in the middle of record {max(len(spans) - 1, 0)}: it was cut off at {size} '
+        raise DataError(f'{path} ends in the middle of record {max(len(records) - 1, 0)}: it was cut off at {size} '
                         'bytes; copy or write it again')
-    return spans
-
-
-def _crc32c_table() -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-    return table
+    return records
 
 
 def masked_crc32c(lengths: np.ndarray) -> np.ndarray:
     """TFRecord's masked CRC-32C of each length as eight little-endian bytes; uint64 [n] -> uint32 [n]."""
-    table = _crc32c_table()
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
     crc = np.full(len(lengths), 0xFFFFFFFF, np.uint32)
     for byte in lengths.astype('<u8').view(np.uint8).reshape(-1, 8).T:
         crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
@@ -107,26 +78,22 @@ def masked_crc32c(lengths: np.ndarray) -> np.ndarray:
 
 def find_image_and_label(buffer: bytes | mmap.mmap, start: int, end: int, image_key: bytes,
                          label_key: bytes) -> tuple[int, int, int]:
-    """Walks the tf.train.Example at buffer[start:end].
+    """Walks the tf.train.Example at buffer[start:end]; ValueError if it is none or lacks one of the two features.
 
-    Returns:
-      Offset in `buffer` and length of the one value of feature `image_key`, and the one value of feature `label_key`.
-
-    Raises:
-      ValueError: the payload is no such message, or lacks one of the two.
+    Returns offset in `buffer` and length of the one value of feature `image_key`, and the one value of `label_key`.
     """
     image, label, seen = None, None, []
     for _, features_start, features_end in _fields(buffer, start, end):
         for _, entry_start, entry_end in _fields(buffer, features_start, features_end):
-            key, feature = b'', None
+            key, feature = b'', (0, 0)
             for number, value_start, value_end in _fields(buffer, entry_start, entry_end):
                 if number == 1:
                     key = buffer[value_start:value_end]
                 elif number == 2:
                     feature = value_start, value_end
-            if feature is not None and key == image_key:
+            if key == image_key:
                 image = _single(buffer, feature, 1, image_key)
-            elif feature is not None and key == label_key:
+            elif key == label_key:
                 at, stop = _single(buffer, feature, 3, label_key)
                 label, at = _varint(buffer, at)
                 if at != stop:
@@ -168,10 +135,8 @@ def _fields(buffer: bytes | mmap.mmap, at: int, end: int) -> Iterator[tuple[int,
             stop = at + length
         elif wire_type == 0:
             stop = _varint(buffer, at)[1]
-        elif wire_type in (1, 5):
-            stop = at + (8 if wire_type == 1 else 4)
         else:
-            raise ValueError('the payload is no tf.train.Example')
+            stop = at + {1: 8, 5: 4}.get(wire_type, end)  # any other type ends beyond the message
         if stop > end:
             raise ValueError('the payload is no tf.train.Example')
         yield tag >> 3, at, stop

@@ -18,12 +18,8 @@ from input_pipeline.sources.tfrecord import check_labels, make_indexed_source
 def open_tfds(name: str, data_dir: str, split: str, *, prepare: bool = False) -> Source:
     """Opens split `split` (also 'train[:90%]') of NAME[/CONFIG][:VERSION] as TFDS prepared it in DATA_DIR.
 
-    Args:
-      name, data_dir, split: as in `open_source`.
-      prepare: whether TFDS may download and prepare what is not there.
-
-    Raises:
-      DataError: the set is unknown or not prepared, has no such split, or is no image classification set.
+    `prepare`: whether TFDS may download and prepare what is not there. Raises DataError if the set is unknown or not
+    prepared, has no such split, or is no image classification set.
     """
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
@@ -61,17 +57,17 @@ def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], data_dir: str
 def _open_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     info = builder.info
     what = f'tfds:{info.full_name.replace("/" + str(info.version), ":" + str(info.version))} {split}'
+    has = f'{info.name} has: {", ".join(info.splits)}'
     try:
         instructions = info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
-        raise DataError(f'{what}: no such split; {info.name} has: {", ".join(info.splits)}') from error
+        raise DataError(f'{what}: no such split; {has}') from error
     if not instructions:
-        raise DataError(f'{what}: the split is empty; {info.name} has: {", ".join(info.splits)}')
+        raise DataError(f'{what}: the split is empty; {has}')
     paths = [os.fspath(instruction.filename) for instruction in instructions]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
-        raise DataError(f'{what}: {len(missing)} of {len(paths)} shards are missing, such as {missing[0]}; prepare it '
-                        'again')
+        raise DataError(f'{what}: missing {len(missing)} of {len(paths)} files, such as {missing[0]}; prepare it again')
     image_key, label_key = _feature_keys(info, what)
     class_names = info.features[label_key].names
     if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
@@ -79,17 +75,16 @@ def _open_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise DataError(f'{what} is prepared as {info.file_format.value}; prepare it as tfrecord or array_record')
     index = load_record_index(paths, os.path.basename(paths[0]).partition('.')[0], image_key, label_key)
-    for shard, instruction in enumerate(instructions):
-        found = int((index.shard == shard).sum())
-        if found != instruction.examples_in_shard:
-            raise DataError(f'{what}: {paths[shard]} holds {found} records, dataset_info.json says '
+    parts = []
+    shards = np.split(index, np.searchsorted(index[:, 0], np.arange(1, len(paths))))
+    for path, records, instruction in zip(paths, shards, instructions):
+        if len(records) != instruction.examples_in_shard:
+            raise DataError(f'{what}: {path} holds {len(records)} records, dataset_info.json says '
                             f'{instruction.examples_in_shard}; prepare it again')
-    starts = np.searchsorted(index.shard, np.arange(len(paths)))
-    rows = np.concatenate([np.arange(start + instruction.skip, start + instruction.skip + instruction.take)
-                           for start, instruction in zip(starts, instructions)])
-    index = index if len(rows) == len(index) else index.select(rows)
-    check_labels(index.label, len(class_names), what, 'a split without labels cannot be used')
-    return make_indexed_source(what, index, index.label, class_names)
+        parts.append(records[instruction.skip:instruction.skip + instruction.take])
+    index = np.concatenate(parts)
+    check_labels(index[:, 3], len(class_names), what, 'a split without labels cannot be used')
+    return make_indexed_source(what, paths, index, class_names)
 
 
 def _feature_keys(info: tfds.core.DatasetInfo, what: str) -> tuple[str, str]:
@@ -112,16 +107,16 @@ def _how_to_prepare(name: str, data_dir: str) -> str:
     known = tfds.list_builders(with_community_datasets=False)
     prepared = sorted(os.path.relpath(path, os.path.join(data_dir, base)) for path, _, files
                       in os.walk(os.path.join(data_dir, base)) if 'dataset_info.json' in files)
-    found = f' (prepared there: {base} {", ".join(prepared)})' if prepared else ''
+    what = f'tfds:{name} is not prepared in {data_dir}'
+    what += f' (prepared there: {base} {", ".join(prepared)})' if prepared else ''
     if base not in known:
         near = difflib.get_close_matches(base, known, n=1)
-        return (f'tfds:{name}: not prepared in {data_dir}{found}, and TFDS knows no data set {base!r}'
-                + (f'; did you mean {near[0]!r}?' if near else '; prepare your own builder there first'))
+        return (f'{what}, and TFDS knows no data set {base!r}; '
+                + (f'did you mean {near[0]!r}?' if near else 'prepare your own builder there first'))
     # Not `tfds build`: that command needs apache_beam, which nothing else here does.
     command = (f'python -c "import tensorflow_datasets as tfds; '
                f'tfds.builder({name!r}, data_dir={data_dir!r}).download_and_prepare()"')
     if base == 'imagenet2012':
-        manual_dir = os.path.join(data_dir, 'downloads', 'manual')
-        return (f'tfds:{name} is not prepared in {data_dir}{found}: put ILSVRC2012_img_train.tar and '
-                f'ILSVRC2012_img_val.tar (from image-net.org) in {manual_dir} and run: {command}')
-    return f'tfds:{name} is not prepared in {data_dir}{found}: run: {command}'
+        what += (': put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from image-net.org) in '
+                 f'{os.path.join(data_dir, "downloads", "manual")}, then')
+    return f'{what}: run: {command}'

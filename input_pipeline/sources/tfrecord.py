@@ -2,11 +2,11 @@
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from input_pipeline.sources.record_index import RecordIndex, load_record_index
+from input_pipeline.sources.record_index import load_record_index
 from input_pipeline.sources.source import DataError, Source
 
 _log = logging.getLogger(__name__)
@@ -19,33 +19,27 @@ def open_tfrecord(data_dir: str, split: str) -> Source:
     Labels may count from 0 or from 1 (as in ImageNet shards that keep 0 for "background"): they count from 1 if the
     smallest label of the `train` split is 1, from 0 if it is 0. A split that lies beside `train` follows `train`, since
     a small split need not hold every class; otherwise the split itself decides. The largest label gives the number of
-    classes.
-
-    Raises:
-      DataError: shards are missing or damaged, or the labels fit neither rule.
+    classes. Raises DataError if shards are missing or damaged, or the labels fit neither rule.
     """
-    paths = find_shards(data_dir, split, suffix='')
-    index = load_record_index(paths, split, IMAGE_KEY, LABEL_KEY)
-    rule_split, rule_index = split, index
-    if split != 'train' and 'train' in list_splits(data_dir, suffix=''):
-        rule_split = 'train'
-        rule_index = load_record_index(find_shards(data_dir, 'train', suffix=''), 'train', IMAGE_KEY, LABEL_KEY)
-    what = f'{split} of {data_dir}'
-    first, num_classes = label_rule(rule_index.label, f'{rule_split} of {data_dir}')
-    check_labels(index.label - first, num_classes, what, f'{rule_split} has {first}..{first + num_classes - 1}')
-    return make_indexed_source(f'tfrecord {what}', index, index.label - first, [str(i) for i in range(num_classes)])
+    def load(split):
+        paths = find_shards(data_dir, split)
+        return paths, load_record_index(paths, split, IMAGE_KEY, LABEL_KEY)
+
+    paths, index = load(split)
+    first, class_names = label_rule(index[:, 3], lambda other: load(other)[1][:, 3], data_dir, split)
+    return make_indexed_source(f'tfrecord {split} of {data_dir}', paths, index, class_names, first)
 
 
-def make_indexed_source(name: str, index: RecordIndex, labels: np.ndarray, class_names: Sequence[str]) -> Source:
-    """Source that reads through an index; `labels` count from 0."""
-    labels = labels.astype(np.int32)
+def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, class_names: Sequence[str],
+                        first: int = 0) -> Source:
+    """Source over shards with the index that `load_record_index` gave. `first`: class 0's label."""
+    labels = (index[:, 3] - first).astype(np.int32)
 
     def read(indices):
-        return [_read_span(index.paths[shard], offset, length) for shard, offset, length in zip(
-            index.shard[indices].tolist(), index.offset[indices].tolist(), index.length[indices].tolist())
-        ], labels[indices]
+        return [_read_span(paths[shard], offset, length)
+                for shard, offset, length, _ in index[indices].tolist()], labels[indices]
 
-    return Source(name, len(index), class_names, read, index.where)
+    return Source(name, len(index), class_names, read, lambda i: f'{paths[index[i, 0]]} (image at byte {index[i, 1]})')
 
 
 def _read_span(path: str, offset: int, length: int) -> bytes:
@@ -58,48 +52,50 @@ def _read_span(path: str, offset: int, length: int) -> bytes:
         os.close(file)
 
 
-def list_splits(data_dir: str, suffix: str) -> list[str]:
-    """Names of the splits that have any shard in DATA_DIR."""
+def _list_shards(data_dir: str, suffix: str) -> dict[str, list[str]]:
+    """The file names of the shards of every split in DATA_DIR, sorted."""
     pattern = re.compile(r'(.+)-\d{5}-of-\d{5}' + re.escape(suffix))
-    return sorted({match[1] for match in map(pattern.fullmatch, os.listdir(data_dir)) if match})
+    splits = {}
+    for match in filter(None, map(pattern.fullmatch, sorted(os.listdir(data_dir)))):
+        splits.setdefault(match[1], []).append(match[0])
+    return splits
 
 
-def find_shards(data_dir: str, split: str, suffix: str) -> list[str]:
-    """Paths of the shards DATA_DIR/<split>-?????-of-?????<suffix> in order.
-
-    Raises:
-      DataError: none exists, one is missing, or two sets are mixed.
-    """
-    pattern = re.compile(re.escape(split) + r'-(\d{5})-of-(\d{5})' + re.escape(suffix))
-    found = sorted(match[0] for match in map(pattern.fullmatch, os.listdir(data_dir)) if match)
-    if not found:
-        others = ', '.join(list_splits(data_dir, suffix)) or 'none'
-        raise DataError(f'no shards {split}-?????-of-?????{suffix} in {data_dir}; splits found there: {others}')
-    counts = {pattern.fullmatch(name)[2] for name in found}
+def find_shards(data_dir: str, split: str, suffix: str = '') -> list[str]:
+    """Paths of DATA_DIR/<split>-?????-of-?????<suffix> in order; DataError if any is missing or two sets are mixed."""
+    splits = _list_shards(data_dir, suffix)
+    if split not in splits:
+        raise DataError(f'no shards {split}-?????-of-?????{suffix} in {data_dir}; splits found there: '
+                        f'{", ".join(sorted(splits)) or "none"}')
+    found = splits[split]
+    counts = sorted({name.removesuffix(suffix)[-5:] for name in found})
     if len(counts) > 1:
-        raise DataError(f'{data_dir} mixes shards of {split} of several sets: -of-{", -of-".join(sorted(counts))}; '
-                        'keep one')
-    wanted = [f'{split}-{i:05d}-of-{counts.copy().pop()}{suffix}' for i in range(int(min(counts)))]
+        raise DataError(f'{data_dir} mixes shards of {split} of several sets: -of-{", -of-".join(counts)}; keep one')
+    wanted = [f'{split}-{i:05d}-of-{counts[0]}{suffix}' for i in range(int(counts[0]))]
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise DataError(f'{data_dir} lacks {len(missing)} of the {len(wanted)} shards of {split}, such as {missing[0]}')
     return [os.path.join(data_dir, name) for name in found]
 
 
-def label_rule(labels: np.ndarray, what: str) -> tuple[int, int]:
-    """The label of class 0 and the number of classes, from all labels of the split that decides.
+def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], data_dir: str, split: str,
+               suffix: str = '') -> tuple[int, list[str]]:
+    """The label of class 0 and the names of the classes, by the rule of `open_tfrecord`; DataError if it does not fit.
 
-    Raises:
-      DataError: there is no label, or the smallest is neither 0 nor 1.
+    `labels` are those of `split`; `load_labels` gives those of another split.
     """
-    if not len(labels):
+    rule_split = 'train' if 'train' in _list_shards(data_dir, suffix) else split
+    rule_labels = labels if rule_split == split else load_labels(rule_split)
+    what = f'{rule_split} of {data_dir}'
+    if not len(rule_labels):
         raise DataError(f'{what}: the shards hold no record')
-    smallest, largest = int(labels.min()), int(labels.max())
-    if smallest not in (0, 1):
-        raise DataError(f'{what}: labels are {smallest}..{largest}; the smallest must be 0 or 1')
-    num_classes = largest - smallest + 1
-    _log.info('%s: labels %d..%d count from %d, %d classes', what, smallest, largest, smallest, num_classes)
-    return smallest, num_classes
+    first, last = int(rule_labels.min()), int(rule_labels.max())
+    if first not in (0, 1):
+        raise DataError(f'{what}: labels are {first}..{last}; the smallest must be 0 or 1')
+    num_classes = last - first + 1
+    _log.info('%s: labels %d..%d count from %d, %d classes', what, first, last, first, num_classes)
+    check_labels(labels - first, num_classes, f'{split} of {data_dir}', f'{rule_split} has {first}..{last}')
+    return first, [str(i) for i in range(num_classes)]
 
 
 def check_labels(labels: np.ndarray, num_classes: int, what: str, right: str) -> None:
