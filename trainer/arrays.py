@@ -26,7 +26,8 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
           **settings: Any) -> dict[str, float]:
     """Trains `model` in place with SGD under a cosine and returns the final metrics, 'eval/top1' and so on.
 
-    Runs under the strategy whose scope encloses the call, which must be the one the model was built in.
+    Runs under the strategy whose scope encloses the call, which must be the one the model was built in. Raises
+    ConfigError for settings that do not fit each other, the data or the workdir; DataError for wrong arrays.
 
     Args:
         model: [B, H, W, 3] normalised images -> logits [B, num_classes].
@@ -39,10 +40,6 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
         image_size: height and width in pixels that images are resized to. None: the images' own, which are then square.
         max_shift, flip: augmentation, see input_pipeline.
         pixel_mean, pixel_std: of R, G, B in 0..1.
-
-    Raises:
-        ConfigError: settings that do not fit each other, the data or the workdir.
-        input_pipeline.DataError: arrays that are no images and labels.
     """
     size = image_size or images.shape[1]
     num_classes = num_logits(model)
@@ -55,18 +52,14 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
                    'arguments': repr((epochs, global_batch_size, peak_rate, warmup_epochs, momentum, nesterov,
                                       weight_decay, size, max_shift, flip, pixel_mean, pixel_std,
                                       sorted(settings.items())))}
-    run = functools.partial(
-        loop.train, train_settings, Data('arrays', pixel_mean=pixel_mean, pixel_std=pixel_std),
-        strategy=tf.distribute.get_strategy(),
-        train_source=input_pipeline.array_source(images, labels, num_classes),
-        eval_source=input_pipeline.array_source(*eval_data, num_classes) if eval_data else None,
-        train_dataset=functools.partial(input_pipeline.train_dataset, image_size=size, flip=flip,
-                                        crop=input_pipeline.make_random_shift(max_shift)),
-        eval_dataset=functools.partial(input_pipeline.eval_dataset, image_size=size, resize=size,
-                                       interpolation='bilinear'),
-        fingerprint=fingerprint, write_config=lambda workdir: None)
-    if workdir is not None:
-        return run(workdir=Path(workdir))
     with tempfile.TemporaryDirectory() as temporary:
-        return run(workdir=Path(temporary))
-
+        return loop.train(
+            train_settings, Data('arrays', pixel_mean=pixel_mean, pixel_std=pixel_std),
+            strategy=tf.distribute.get_strategy(), workdir=Path(temporary if workdir is None else workdir),
+            train_source=input_pipeline.array_source(images, labels, num_classes),
+            eval_source=input_pipeline.array_source(*eval_data, num_classes) if eval_data else None,
+            train_dataset=functools.partial(input_pipeline.train_dataset, image_size=size, flip=flip,
+                                            crop=input_pipeline.make_random_shift(max_shift)),
+            eval_dataset=functools.partial(input_pipeline.eval_dataset, image_size=size, resize=size,
+                                           interpolation='bilinear'),
+            fingerprint=fingerprint, write_config=lambda workdir: None)

@@ -55,6 +55,7 @@ _GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_positi
 _CONFIGURABLES = {name: gin.external_configurable(target, name, denylist=_GIVEN.get(name))
                   for name, target in (_ROOTS | _PARTS).items()}
 
+_BINDINGS = gin.config._CONFIG  # {(scope, selector): {parameter: value}}, what the files say; gin clears it in place
 _MACRO = 'gin.macro'
 # A resumed run may differ in these: they say where, how often or how fast, not what is computed.
 _NOT_IN_FINGERPRINT = re.compile(
@@ -78,45 +79,35 @@ class Config(NamedTuple):
 def load(files: Sequence[str], params: Sequence[str]) -> Config:
     """Parses gin/defaults.gin, then `files` from left to right, then `params`, and checks every binding.
 
-    Args:
-        files: paths; relative ones are looked up in the current directory, then in the repository.
-        params: bindings as 'ghostnet.width=0.5'.
-
-    Raises:
-        ConfigError: no such file, a syntax error, an unknown name (with the nearest one), a binding that nothing uses,
-            a value that is missing or wrong.
+    Relative paths are looked up in the current directory, then in the repository; params are as 'ghostnet.width=0.5'.
+    Raises ConfigError: no such file, a syntax error, an unknown name (with the nearest one), a binding that nothing
+    uses, a value that is missing or wrong.
     """
     gin.clear_config()
     for file in [str(REPOSITORY / 'gin/defaults.gin'), *files]:
-        path = _find_file(file)
-        _parse(lambda path=path: gin.parse_config_file(path), file)
+        found = [str(path) for path in (Path(file), REPOSITORY / file) if path.is_file()]
+        if not found:
+            raise ConfigError(f'no file {file}: relative gin files are looked up in the current directory, then in '
+                              f'{REPOSITORY}')
+        _parse(gin.parse_config_file, found[0], file)
     for param in params:
-        _parse(lambda param=param: gin.parse_config(param), f"--gin_param='{param}'")
+        _parse(gin.parse_config, param, f"--gin_param='{param}'")
     used = _used_selectors()
     _refuse_unused(used)
-    _refuse_missing(used)
+    fingerprint = _fingerprint(used)
     roots = {name: _one_line(_CONFIGURABLES[name]) for name in _ROOTS}
     return Config(train=roots['train'](), data=roots['data'](), evaluate=roots['evaluate'](),
                   build_strategy=roots['build_strategy'], train_dataset=roots['train_dataset'],
-                  eval_dataset=roots['eval_dataset'], fingerprint=_fingerprint(used), text=gin.config_str())
+                  eval_dataset=roots['eval_dataset'], fingerprint=fingerprint, text=gin.config_str())
 
 
 operative_text = gin.operative_config_str  # all parameters that the calls made so far have taken, defaults included
 
 
-def _find_file(file: str) -> str:
-    """Where gin would find it too; a directory is none."""
-    for path in (Path(file), REPOSITORY / file):
-        if path.is_file():
-            return str(path)
-    raise ConfigError(f'no file {file}: relative gin files are looked up in the current directory, then in '
-                      f'{REPOSITORY}')
-
-
-def _parse(parse: Callable[[], Any], origin: str) -> None:
+def _parse(parse: Callable[[str], Any], argument: str, origin: str) -> None:
     logging.disable(logging.ERROR)  # gin logs each place that does not have a file that another one has
     try:
-        parse()
+        parse(argument)
     except OSError as error:  # of an include
         raise ConfigError(f'{origin}: {_first_line(error)}') from None
     except tokenize.TokenError as error:
@@ -152,46 +143,28 @@ def _suggestion(message: str) -> str:
     return f'; did you mean {prefix}{near[0]}?' if near else f'; there are {", ".join(prefix + k for k in known)}'
 
 
-def _selector(name: str) -> str:
-    return gin.config._REGISTRY.get_match(name).selector
-
-
 def _used_selectors() -> list[tuple[str, str]]:
     """(scope, selector) of the roots and of all that is referenced from them, in the order they are reached."""
-    reached = [('', _selector(name)) for name in _ROOTS]
+    reached = [('', gin.config._REGISTRY.get_match(name).selector) for name in _ROOTS]
     for key in reached:  # grows while it is walked
-        bindings = gin.config._CONFIG.get(key, {})
-        for reference in gin.config.iterate_references(bindings):
+        for reference in gin.config.iterate_references(_BINDINGS.get(key, {})):
             scope, selector = reference.config_key
-            scopes = [''] if not scope else ['/'.join(scope.split('/')[:i]) for i in range(len(scope.split('/')) + 1)]
-            keys = [(s, selector) for s in reversed(scopes)]  # a scope falls back on those around it
+            parts = scope.split('/') if scope else []
+            # A scope falls back on those around it.
+            keys = [('/'.join(parts[:i]), selector) for i in range(len(parts), -1, -1)]
             reached.extend(k for k in keys if k not in reached)
     return reached
 
 
 def _refuse_unused(used: list[tuple[str, str]]) -> None:
-    for (scope, selector), bindings in gin.config._CONFIG.items():
-        if (scope, selector) in used or not bindings:
-            continue
-        if selector == _MACRO:
-            raise ConfigError(f'the macro {scope} is set, but nothing uses it: take it out, or write %{scope} where it '
-                              'belongs')
-        name = '/'.join(filter(None, [scope, selector.rsplit('.', 1)[-1]]))
-        raise ConfigError(f'{name}.{next(iter(bindings))} is bound, but nothing uses {name}: take the binding out, or '
-                          f'refer to @{name} where it belongs')
-
-
-def _refuse_missing(used: list[tuple[str, str]]) -> None:
-    """What has no default and no binding; that of a root is called for first."""
-    for scope, selector in used:
-        name = selector.rsplit('.', 1)[-1]
-        if selector == _MACRO and scope and (scope, selector) not in gin.config._CONFIG:
-            raise ConfigError(f'%{scope} is used, but no macro {scope} is set: write {scope} = value in the file')
-        bound = {p for (_, s), bindings in gin.config._CONFIG.items() if s == selector for p in bindings}
-        for parameter in _parameters(name):
-            if parameter.default is parameter.empty and parameter.name not in bound:
-                raise ConfigError(f'{name}.{parameter.name} has no value: name a recipe with --gin_file, as '
-                                  f"gin/imagenet.gin, or bind it with --gin_param='{name}.{parameter.name}=...'")
+    for (scope, selector), bindings in _BINDINGS.items():
+        if (scope, selector) not in used:
+            if selector == _MACRO:
+                raise ConfigError(f'the macro {scope} is set, but nothing uses it: take it out, or write %{scope} '
+                                  'where it belongs')
+            name = '/'.join(filter(None, [scope, selector.rsplit('.', 1)[-1]]))
+            raise ConfigError(f'{name}.{next(iter(bindings))} is bound, but nothing uses {name}: take the binding out, '
+                              f'or refer to @{name} where it belongs')
 
 
 def _parameters(name: str) -> list[inspect.Parameter]:
@@ -202,22 +175,27 @@ def _parameters(name: str) -> list[inspect.Parameter]:
 
 
 def _fingerprint(used: list[tuple[str, str]]) -> dict[str, str]:
+    """Refuses what has no default and no binding; that of a root is called for first."""
     values = {}
     for scope, selector in used:
         name = selector.rsplit('.', 1)[-1]
-        if name not in _ROOTS | _PARTS:
-            continue  # a macro: its value stands where it is used
-        defaults = {p.name: p.default for p in _parameters(name) if p.default is not p.empty}
-        for parameter, value in (defaults | gin.config._CONFIG.get((scope, selector), {})).items():
-            key = '/'.join(filter(None, [scope, f'{name}.{parameter}']))
-            if not _NOT_IN_FINGERPRINT.fullmatch(key):
+        for parameter in _parameters(name):  # of a macro none: its value stands where it is used
+            value = _BINDINGS.get((scope, selector), {}).get(parameter.name, parameter.default)
+            key = '/'.join(filter(None, [scope, f'{name}.{parameter.name}']))
+            if value is not parameter.empty:
                 values[key] = _spelled(value)
-    return values
+            elif not any(parameter.name in bindings for (_, s), bindings in _BINDINGS.items() if s == selector):
+                raise ConfigError(f'{name}.{parameter.name} has no value: name a recipe with --gin_file, as '
+                                  f"gin/imagenet.gin, or bind it with --gin_param='{name}.{parameter.name}=...'")
+    return {key: value for key, value in values.items() if not _NOT_IN_FINGERPRINT.fullmatch(key)}
 
 
 def _spelled(value: Any) -> str:
     if isinstance(value, gin.config.ConfigurableReference) and value.config_key[1] == _MACRO:
-        return _spelled(gin.config._CONFIG[value.config_key]['value'])
+        if value.config_key not in _BINDINGS:
+            macro = value.config_key[0]
+            raise ConfigError(f'%{macro} is used, but no macro {macro} is set: write {macro} = value in the file')
+        return _spelled(_BINDINGS[value.config_key]['value'])
     if isinstance(value, tuple | list):
         return f'({", ".join(map(_spelled, value))})'
     return getattr(value, '__name__', None) or repr(value)

@@ -60,8 +60,7 @@ def exponential(peak_rate: float, *, decay_rate: float, decay_epochs: float, num
     """
     require(is_number(decay_rate) and 0 < decay_rate <= 1, 'exponential.decay_rate', decay_rate,
             'a number, above 0 and at most 1')
-    require(is_number(decay_epochs) and decay_epochs > 0, 'exponential.decay_epochs', decay_epochs,
-            'a positive number')
+    require(is_number(decay_epochs) and decay_epochs > 0, 'exponential.decay_epochs', decay_epochs, 'a positive number')
 
     def decay(step: tf.Tensor, progress: tf.Tensor) -> tf.Tensor:
         # Half a step is more than float32 loses in the division: no stair is put off by its rounding.

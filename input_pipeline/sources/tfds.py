@@ -93,11 +93,11 @@ def _feature_keys(info: tfds.core.DatasetInfo, what: str) -> tuple[str, str]:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)
               and feature.np_dtype in (np.uint8, np.uint16)]
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    supervised = info.supervised_keys or ()
-    if len(supervised) == 2 and supervised[0] in images and supervised[1] in labels:
-        return supervised
-    if len(images) == 1 and len(labels) == 1:
-        return images[0], labels[0]
+    pairs = [(image, label) for image in images for label in labels]
+    if info.supervised_keys in pairs:
+        return info.supervised_keys
+    if len(pairs) == 1:
+        return pairs[0]
     raise DataError(f'{what}: wanted one image and one class label; its features are: '
                     + ', '.join(f'{key} ({type(feature).__name__})' for key, feature in features.items()))
 

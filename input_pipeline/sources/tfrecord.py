@@ -45,11 +45,9 @@ def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, clas
 def _read_span(path: str, offset: int, length: int) -> bytes:
     # Not memory-mapped: a page that has to come from the disk would stop every Python thread, and a thousand shards
     # would stay open. It costs 15 us of the 1,800 that an image of 119 KB takes in all.
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return os.pread(file, length, offset)
-    finally:
-        os.close(file)
+    with open(path, 'rb', buffering=0) as file:
+        file.seek(offset)
+        return file.read(length)
 
 
 def _list_shards(data_dir: str, suffix: str) -> dict[str, list[str]]:
