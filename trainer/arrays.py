@@ -38,8 +38,7 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
         workdir: where checkpoints and logs go, and where a run is resumed from. None: nothing is kept.
         peak_rate, warmup_epochs: of schedule.cosine. momentum, nesterov, weight_decay: of optimizer.sgd.
         image_size: height and width in pixels that images are resized to. None: the images' own, which are then square.
-        max_shift, flip: augmentation, see input_pipeline.
-        pixel_mean, pixel_std: of R, G, B in 0..1.
+        max_shift, flip: augmentation, see input_pipeline. pixel_mean, pixel_std: of R, G, B in 0..1.
     """
     size = image_size or images.shape[1]
     num_classes = num_logits(model)

@@ -4,6 +4,7 @@ The only module that imports gin. It registers functions of the library from out
 it, and turns gin's own errors into one line.
 """
 import difflib
+import functools
 import inspect
 import logging
 import re
@@ -55,6 +56,7 @@ _GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_positi
 _CONFIGURABLES = {name: gin.external_configurable(target, name, denylist=_GIVEN.get(name))
                   for name, target in (_ROOTS | _PARTS).items()}
 
+operative_text = gin.operative_config_str  # all parameters that the calls made so far have taken, defaults included
 _BINDINGS = gin.config._CONFIG  # {(scope, selector): {parameter: value}}, what the files say; gin clears it in place
 _MACRO = 'gin.macro'
 # A resumed run may differ in these: they say where, how often or how fast, not what is computed.
@@ -87,21 +89,16 @@ def load(files: Sequence[str], params: Sequence[str]) -> Config:
     for file in [str(REPOSITORY / 'gin/defaults.gin'), *files]:
         found = [str(path) for path in (Path(file), REPOSITORY / file) if path.is_file()]
         if not found:
-            raise ConfigError(f'no file {file}: relative gin files are looked up in the current directory, then in '
-                              f'{REPOSITORY}')
+            raise ConfigError(f'no file {file}: relative paths are looked up in the current directory and {REPOSITORY}')
         _parse(gin.parse_config_file, found[0], file)
     for param in params:
         _parse(gin.parse_config, param, f"--gin_param='{param}'")
     used = _used_selectors()
     _refuse_unused(used)
     fingerprint = _fingerprint(used)
-    roots = {name: _one_line(_CONFIGURABLES[name]) for name in _ROOTS}
-    return Config(train=roots['train'](), data=roots['data'](), evaluate=roots['evaluate'](),
-                  build_strategy=roots['build_strategy'], train_dataset=roots['train_dataset'],
-                  eval_dataset=roots['eval_dataset'], fingerprint=fingerprint, text=gin.config_str())
-
-
-operative_text = gin.operative_config_str  # all parameters that the calls made so far have taken, defaults included
+    roots = {name: functools.partial(_call, _CONFIGURABLES[name]) for name in _ROOTS}
+    settings = {name: roots.pop(name)() for name in ('train', 'data', 'evaluate')}
+    return Config(**settings, **roots, fingerprint=fingerprint, text=gin.config_str())
 
 
 def _parse(parse: Callable[[str], Any], argument: str, origin: str) -> None:
@@ -150,8 +147,7 @@ def _used_selectors() -> list[tuple[str, str]]:
         for reference in gin.config.iterate_references(_BINDINGS.get(key, {})):
             scope, selector = reference.config_key
             parts = scope.split('/') if scope else []
-            # A scope falls back on those around it.
-            keys = [('/'.join(parts[:i]), selector) for i in range(len(parts), -1, -1)]
+            keys = [('/'.join(parts[:i]), selector) for i in range(len(parts), -1, -1)]  # a scope falls back on outer
             reached.extend(k for k in keys if k not in reached)
     return reached
 
@@ -201,14 +197,12 @@ def _spelled(value: Any) -> str:
     return getattr(value, '__name__', None) or repr(value)
 
 
-def _one_line(configurable: Callable[..., Any]) -> Callable[..., Any]:
-    """The configurable, but its errors become a ConfigError of one line; gin adds lines to every message."""
-    def call(*args, **kwargs):
-        try:
-            return configurable(*args, **kwargs)
-        except (ConfigError, TypeError, ValueError) as error:
-            raise ConfigError(_first_line(error)) from error
-    return call
+def _call(configurable: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls it, but its errors become a ConfigError of one line; gin adds lines to every message."""
+    try:
+        return configurable(*args, **kwargs)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ConfigError(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ type raises ConfigError.
 """
 import math
 from collections.abc import Callable
-from typing import Any
 
 import tensorflow as tf
 
@@ -76,8 +75,7 @@ def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
     A step that is skipped counts in t too: the correction matters in the first steps of a run only.
 
     Source: Kingma and Ba, "Adam", ICLR 2015, algorithm 1; Loshchilov and Hutter, "Decoupled weight decay
-    regularization", ICLR 2019, algorithm 2, where the schedule alone scales the decay; here, as in PyTorch, the rate
-    does.
+    regularization", ICLR 2019, algorithm 2, where the schedule alone scales the decay; here the rate does.
     """
     return _adam('adamw', beta_1, beta_2, epsilon, weight_decay, kernel_ratio=lambda p, u: 1.0)
 
@@ -101,7 +99,7 @@ def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6, w
 
 
 def _adam(name: str, beta_1: float, beta_2: float, epsilon: float, weight_decay: float,
-          kernel_ratio: Callable[[tf.Tensor, tf.Tensor], Any]) -> Optimizer:
+          kernel_ratio: Callable) -> Optimizer:
     """What adamw and lamb share; kernel_ratio(p, u) is what the rate of a kernel's step u is multiplied by."""
     for parameter, value in (('beta_1', beta_1), ('beta_2', beta_2)):
         require(is_number(value, 0, 1) and value > 0, f'{name}.{parameter}', value, 'a number, above 0 and below 1')
@@ -125,7 +123,7 @@ def _adam(name: str, beta_1: float, beta_2: float, epsilon: float, weight_decay:
 
 
 def _for_each_parameter(rule: Callable, slots_like: dict[str, Callable],
-                        constants_at: Callable[[tf.Tensor], Any] = lambda step: None) -> Optimizer:
+                        constants_at: Callable = lambda step: None) -> Optimizer:
     """(init, update) from the rule of one parameter p and its gradient g.
 
     rule(p, g, is_decayed, learning_rate, constants_at(step), *slots) -> (p, *slots), slots in the order of slots_like,
@@ -164,9 +162,9 @@ def clip_adaptively(grads: Tensors, params: Tensors, clip_factor: float) -> Tens
     A unit is what computes one output channel: one of the last axis of a kernel, in a depthwise kernel [k, k, C, 1] one
     of C, and a bias, gamma or beta as a whole. The last layer of params, the classifier, is not clipped.
 
-    Source: Brock et al., "High-performance large-scale image recognition without normalization", ICML 2021,
-    section 4, for units and classifier too; timm's clip mode `agc` agrees.
-    clip_factor is the paper's lambda: 0.01 for a batch of 4096 and more for smaller ones.
+    Source: Brock et al., "High-performance large-scale image recognition without normalization", ICML 2021, section 4,
+    for units and classifier too; timm's clip mode `agc` agrees. clip_factor is the paper's lambda: 0.01 for a batch of
+    4096 and more for smaller ones.
     """
     classifier = list(params)[-1].rsplit('/', 1)[0]
     clipped = {}

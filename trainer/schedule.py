@@ -4,11 +4,10 @@ All of them share these arguments:
     peak_rate: the largest rate, reached at the end of the warmup.
     num_steps: steps of the whole schedule, warmup included.
     steps_per_epoch: what turns epochs into steps; it need not be whole.
-    global_batch_size: of the run; wanted where `rate_batch_size` is given.
     warmup_epochs: length of the warmup, in which the rate rises linearly (Goyal et al. 2017, section 2.2).
     initial_rate: the rate of step 0, where the warmup starts.
-    rate_batch_size: the global batch that the rates are given for. All of them are multiplied by global_batch_size /
-        rate_batch_size, the linear-scaling rule (Goyal et al. 2017, section 2.1). None: they are taken as they are.
+    rate_batch_size: the global batch that the rates are given for. All of them are multiplied by global_batch_size, the
+        run's, / rate_batch_size, the linear-scaling rule (Goyal et al. 2017, section 2.1). None: taken as they are.
 
 They raise ConfigError for a warmup that does not end before the schedule does, an initial rate without a warmup, or a
 value that is out of range or no number.
@@ -86,9 +85,8 @@ def _after_warmup(name: str, decay: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
 
     `decay` takes the step and its place between the end of the warmup (0) and that of the schedule (1).
     """
-    for parameter, value in (('peak_rate', peak_rate), ('initial_rate', initial_rate),
-                             ('warmup_epochs', warmup_epochs)):
-        require(is_number(value, 0), f'{name}.{parameter}', value, 'a number, at least 0')
+    for key, value in {'peak_rate': peak_rate, 'initial_rate': initial_rate, 'warmup_epochs': warmup_epochs}.items():
+        require(is_number(value, 0), f'{name}.{key}', value, 'a number, at least 0')
     require(warmup_epochs > 0 or initial_rate == 0, f'{name}.initial_rate', initial_rate,
             f'0, or be followed by a warmup: bind {name}.warmup_epochs')
     require(rate_batch_size is None or isinstance(rate_batch_size, int) and is_number(rate_batch_size, 1),

@@ -6,8 +6,6 @@ import numpy as np
 
 from input_pipeline.sources.source import DataError, Source
 
-_SUFFIXES = ('.jpeg', '.jpg', '.png')
-
 
 def open_folder(data_dir: str, split: str) -> Source:
     """Opens DATA_DIR/<split>/<class>/*.{JPEG,jpg,jpeg,png}; classes and files sorted by name.
@@ -30,7 +28,7 @@ def open_folder(data_dir: str, split: str) -> Source:
     files, labels = [], []
     for name in found:
         images = sorted(entry.name for entry in os.scandir(os.path.join(split_dir, name))
-                        if entry.name.lower().endswith(_SUFFIXES) and not entry.name.startswith('.'))
+                        if entry.name.lower().endswith(('.jpeg', '.jpg', '.png')) and not entry.name.startswith('.'))
         if not images:
             raise DataError(f'{os.path.join(split_dir, name)} holds no image; {wanted}')
         files += [os.fsencode(os.path.join(name, image)) for image in images]

@@ -50,7 +50,7 @@ def cached_array(paths: Sequence[str], name: str, key: str, build: Callable[[], 
             return array
         except OSError as error:
             _log.info('cannot cache the index in %s: %s', path, error)
-    _log.info('indexed %s; neither place can be written: the next start indexes again', name)
+    _log.info('indexed %s, cached in no file: the next start indexes again', name)
     return array
 
 

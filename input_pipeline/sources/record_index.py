@@ -31,11 +31,10 @@ def load_record_index(paths: Sequence[str], name: str, image_key: str, label_key
 
 def index_shard(path: str, image_key: bytes, label_key: bytes) -> np.ndarray:
     """int64 [n, 3]: offset and length of the image bytes in the file, and the label, of each record of one shard."""
-    size = os.path.getsize(path)
-    if size == 0:
+    if os.path.getsize(path) == 0:
         return np.zeros((0, 3), np.int64)
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-        records = _find_records(path, buffer, size)
+        records = _find_records(path, buffer)
         rows = np.empty((len(records), 3), np.int64)
         for i, (start, length, _) in enumerate(records):
             try:
@@ -45,12 +44,11 @@ def index_shard(path: str, image_key: bytes, label_key: bytes) -> np.ndarray:
     return rows
 
 
-def _find_records(path: str, buffer: mmap.mmap, size: int) -> list[tuple[int, int, int]]:
+def _find_records(path: str, buffer: mmap.mmap) -> list[tuple[int, int, int]]:
     """Start and length of each payload, and the CRC. A record is length u64, its CRC u32, payload, its CRC u32."""
-    unpack = struct.Struct('<QI').unpack_from
     records, at = [], 0
-    while at + 12 <= size:
-        length, length_crc = unpack(buffer, at)
+    while at + 12 <= len(buffer):
+        length, length_crc = struct.unpack_from('<QI', buffer, at)
         records.append((at + 12, length, length_crc))
         at += 16 + length
     _, lengths, crcs = np.array(records, np.uint64).reshape(-1, 3).T
@@ -58,9 +56,9 @@ def _find_records(path: str, buffer: mmap.mmap, size: int) -> list[tuple[int, in
     if len(wrong):
         raise DataError(f'{path}, record {wrong[0]} at byte {records[wrong[0]][0] - 12}: the checksum of its length is '
                         'wrong; the file is damaged, compressed or no TFRecord: copy or write it again')
-    if at != size:
-        raise DataError(f'{path} ends in the middle of record {max(len(records) - 1, 0)}: it was cut off at {size} '
-                        'bytes; copy or write it again')
+    if at != len(buffer):
+        raise DataError(f'{path} ends in the middle of record {max(len(records) - 1, 0)}: it was cut off at '
+                        f'{len(buffer)} bytes; copy or write it again')
     return records
 
 
