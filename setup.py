@@ -18,6 +18,7 @@ setup(
         'array_record>=0.7,<1',
         'gin-config>=0.5,<0.6',
         'importlib_resources>=6.4',  # The imagenet2012 builder of TFDS imports it, TFDS does not declare it.
+        'google-crc32c>=1.5,<2',
         'keras>=3.12,<4',
         'numpy>=1.26,<3',
         'tensorboard>=2.20,<2.22',  # TensorFlow 2.21 no longer brings it.

@@ -27,6 +27,7 @@ from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_all_reduce  # no publ
 
 from ghostnet import ghostnet
 from trainer import optimizer, schedule
+from trainer.recipe import Train
 from trainer.state import Values, build_train_state
 from trainer.step import make_normalize, make_step
 
@@ -39,11 +40,11 @@ def lower_step(rows: int, num_replicas: int, image_size: int, width: float, prec
     model = ghostnet(1000, width, image_size=None)
     init, update = optimizer.sgd(momentum=0.9, weight_decay=4e-5)
     values = build_train_state(model, init).read()
+    settings = Train(epochs=1, global_batch_size=rows * num_replicas, label_smoothing=0.1, model=lambda: model,
+                     optimizer=optimizer.sgd, schedule=schedule.cosine)
     step = make_step(
-        model, normalize=make_normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), update_fn=update,
-        schedule=schedule.cosine(0.8, num_steps=100_000), global_batch_size=rows * num_replicas,
-        num_replicas=num_replicas, seed=0, accumulate=1, label_smoothing=0.1, clip_norm=None, adaptive_clip=None,
-        ema_decay=None, sync_batch_norm=False, all_reduce_dtype='float32', jit=False)
+        model, settings, normalize=make_normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), update_fn=update,
+        schedule=schedule.cosine(0.8, num_steps=100_000), num_replicas=num_replicas, jit=False)
 
     def all_reduce(tensor: tf.Tensor) -> tf.Tensor:
         return xla_all_reduce(tensor, [list(range(num_replicas))], 'Add', 'CrossReplica')

@@ -1,9 +1,9 @@
 """Examples in, batches out: deterministic, resumable at any position, the same for any number of workers."""
 from input_pipeline import order, preprocess
-from input_pipeline.dataset import eval_dataset, first_undecodable, train_dataset
+from input_pipeline.dataset import eval_dataset, train_dataset, why_bad
 from input_pipeline.preprocess import make_random_resized_crop, make_random_shift
 from input_pipeline.sources import DataError, Source, open_source
 from input_pipeline.sources.idx import array_source
 
-__all__ = ['DataError', 'Source', 'array_source', 'eval_dataset', 'first_undecodable', 'make_random_resized_crop',
-           'make_random_shift', 'open_source', 'order', 'preprocess', 'train_dataset']
+__all__ = ['DataError', 'Source', 'array_source', 'eval_dataset', 'make_random_resized_crop',
+           'make_random_shift', 'open_source', 'order', 'preprocess', 'train_dataset', 'why_bad']

@@ -15,18 +15,16 @@ Crop = Callable[[tf.Tensor, tf.Tensor, int], tf.Tensor]
 MAX_PIXELS = 178_956_970
 # What PIL uses; INTEGER_FAST, coarser by a grey level, was no faster (1.12 ms an image for both).
 _DCT_METHOD = 'INTEGER_ACCURATE'
-_FLIP_SALT = 1
 
 
 def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
                              interpolation: str = 'bilinear') -> Crop:
     """A random part of the image, resized: torchvision's RandomResizedCrop.
 
-    Args:
-      scale: range of the part's area as a fraction of the image's, uniform.
-      ratio: range of the part's width / height before the resize, log-uniform.
-      interpolation: 'bilinear' or 'bicubic', not antialiased: as OpenCV, with which the recipe of `imagenet.gin` and
-        the GhostNet paper's code resize, and unlike PIL. Antialiasing would take as long as all the rest of the crop.
+    `scale` is the range of the part's area as a fraction of the image's, uniform; `ratio` that of its width / height
+    before the resize, log-uniform. `interpolation` is 'bilinear' or 'bicubic', not antialiased: as OpenCV, with which
+    the recipe of `imagenet.gin` and the GhostNet paper's code resize, and unlike PIL. Antialiasing would take as long
+    as all the rest of the crop.
     """
     def crop(encoded, seed, image_size):
         encoded, height, width = checked(encoded)
@@ -43,16 +41,10 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0), ratio: tu
 
 def crop_window(uniform: tf.Tensor, height: tf.Tensor, width: tf.Tensor, scale: tuple[float, float],
                 ratio: tuple[float, float]) -> tf.Tensor:
-    """The window of a random resized crop.
+    """The window of a random resized crop of an image of int32 scalars height, width: int32 [top, left, height, width].
 
-    Args:
-      uniform: float32 [22] in [0, 1): area and log ratio of ten tries, then the window's place. The first try that fits
-        is taken; if none does, the largest central window with an allowed ratio.
-      height, width: int32 scalars.
-      scale, ratio: as in `make_random_resized_crop`.
-
-    Returns:
-      int32 [4]: top, left, height, width.
+    uniform, float32 [22] in [0, 1), has area and log ratio of ten tries, then the window's place. The first try that
+    fits is taken; if none does, the largest central window with an allowed ratio.
     """
     size = tf.cast(tf.stack([height, width]), tf.float32)
     area = size[0] * size[1] * (scale[0] + (scale[1] - scale[0]) * uniform[0:10])
@@ -70,8 +62,7 @@ def crop_window(uniform: tf.Tensor, height: tf.Tensor, width: tf.Tensor, scale: 
 def make_random_shift(max_shift: int = 2) -> Crop:
     """The whole image, moved by up to `max_shift` pixels each way over black, then resized; for small images."""
     def crop(encoded, seed, image_size):
-        encoded, _, _ = checked(encoded)
-        image = decode(encoded)
+        image = decode(checked(encoded)[0])
         shape = tf.shape(image)
         padded = tf.pad(image, [[max_shift, max_shift], [max_shift, max_shift], [0, 0]])
         shift = tf.random.stateless_uniform([2], seed, 0, 2 * max_shift + 1, tf.int32)
@@ -94,10 +85,8 @@ def make_center_crop(resize: int = 256, interpolation: str = 'bicubic') -> Crop:
         return tf.raw_ops.ScaleAndTranslate(images=images, size=out_size, scale=factor, translation=-offset,
                                             kernel_type=kernel, antialias=True)
 
-    def crop(encoded, seed, image_size):
-        del seed
-        encoded, _, _ = checked(encoded)
-        image = decode(encoded)
+    def crop(encoded, _, image_size):
+        image = decode(checked(encoded)[0])
         size = tf.shape(image)[:2]
         # As torchvision rounds: the longer side down, the offset of the crop to the nearest, halves to even.
         resized = resize * size // tf.reduce_min(size)
@@ -115,9 +104,8 @@ def make_center_crop(resize: int = 256, interpolation: str = 'bicubic') -> Crop:
 
 def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Mirrors [H, W, C] left to right for half of all seeds."""
-    salted = seed + tf.constant([0, _FLIP_SALT << 48], tf.int64)
     # tf.reverse has a kernel of its own; image[:, ::-1] takes 1.6 ms at 224 pixels.
-    is_flipped = tf.random.stateless_uniform([], salted, 0, 2, tf.int32) == 1
+    is_flipped = tf.random.stateless_uniform([], seed + [0, 1 << 48], 0, 2, tf.int32) == 1  # other bits than the crop's
     return tf.cond(is_flipped, lambda: tf.reverse(image, [1]), lambda: image)
 
 
@@ -131,9 +119,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 def read_image_size(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Height and width as the header has them, int32; nothing is decoded.
 
-    Raises:
-      InvalidArgumentError: no JPEG, PNG, GIF or BMP, or of more than MAX_PIXELS: a header may claim any size, and the
-        decoder would allocate it.
+    Raises InvalidArgumentError: no JPEG, PNG, GIF or BMP, or of more than MAX_PIXELS, which the decoder would allocate.
     """
     def of_other():
         head = tf.io.decode_raw(tf.strings.substr(encoded, 0, 26), tf.uint8)

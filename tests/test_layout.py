@@ -21,18 +21,18 @@ LEVELS = (
     {'__init__', 'main'},
     {'arrays'},
     {'loop', 'check', 'export', 'compare', 'config'},
-    {'evaluate', 'resume'},
+    {'evaluate', 'resume', 'saver'},
     {'step'},
     {'gradient', 'update'},
-    {'state', 'optimizer', 'checkpoint', 'telemetry', 'preemption', 'goodput'},
+    {'state', 'optimizer', 'checkpoint', 'telemetry', 'preemption', 'goodput', 'plan', 'bad_examples'},
     {'strategy'},
-    {'schedule', 'loss', 'loss_scale', 'metrics', 'mix', 'ema', 'distill'},
-    {'recipe'},
+    {'schedule', 'loss', 'loss_scale', 'guard', 'metrics', 'mix', 'ema', 'distill'},
+    {'recipe', 'exits'},
 )
 THIRD_PARTY = {
     'ghostnet': {'keras', 'numpy', 'tensorflow'},
     # array_record is the reader of one of TFDS' own two file formats.
-    'input_pipeline': {'array_record', 'numpy', 'tensorflow', 'tensorflow_datasets'},
+    'input_pipeline': {'array_record', 'google_crc32c', 'numpy', 'tensorflow', 'tensorflow_datasets'},
 }
 # Only for those who read such a file, and only there.
 OPTIONAL = {'ghostnet/pytorch.py': {'torch'}}

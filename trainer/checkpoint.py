@@ -28,25 +28,51 @@ def step_of(path: Path) -> int:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Committed checkpoint directories, oldest step first."""
-    if not directory.is_dir():
-        return []
-    return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted((p for p in paths if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
-def save(directory: Path, step: int, variables: Mapping[str, tf.Variable], meta: Mapping[str, Any], *,
-         keep: int) -> Path:
-    """Commits `directory`/ckpt-<step>, points at it, and removes all but the `keep` newest.
+def save(directory: Path, step: int, values: Mapping[str, Any], meta: Mapping[str, Any], *, keep: int,
+         keep_every: int | None = None, periodic: int | None = None) -> Path:
+    """Commits `directory`/ckpt-<step>, points at it, and removes those that are not to be kept.
 
-    `variables` are stored under the names they have there; to `meta`, JSON-able, the checksums of the files are added.
+    `values` are variables or arrays by the names they are stored under; `meta`, JSON-able, gets the checksums too. The
+    newest `keep` are kept, those whose step is a multiple of `keep_every`, and the newest at a multiple of `periodic`.
+
+    Raises OSError, tf.errors.OpError: it could not be written; what was written is removed.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     final = directory / f'ckpt-{step:08d}'
     aside = directory / f'.writing-{final.name}'
-    if aside.exists():  # of a run that was killed while saving
-        shutil.rmtree(aside)
-    aside.mkdir()
-    tf.raw_ops.SaveV2(prefix=str(aside / 'state'), tensor_names=list(variables),
-                      shape_and_slices=[''] * len(variables), tensors=[v.read_value() for v in variables.values()])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while saving
+        aside.mkdir()
+        _write(aside, step, values, meta)
+        if final.exists():  # the same step again after a fall back: what is there was damaged or is equal
+            shutil.rmtree(final)
+        aside.rename(final)
+        _flush(directory)
+        pointer = directory / '.writing-pointer'
+        pointer.write_text(f'model_checkpoint_path: "{final.name}/state"\n')
+        _flush(pointer)
+        pointer.rename(directory / 'checkpoint')
+        _flush(directory)
+    except (OSError, tf.errors.OpError):
+        shutil.rmtree(aside, ignore_errors=True)  # or half of it would keep a full disk full
+        raise
+    # Those of later steps first: they are damaged, or of a time before the run was rolled back.
+    others = sorted((p for p in list_checkpoints(directory) if p != final), key=lambda p: step_of(p) < step)
+    kept = [p for p in [*others, final] if periodic and step_of(p) % periodic == 0][-1:]
+    kept += [p for p in others if keep_every and step_of(p) % keep_every == 0]
+    outdated = [p for p in others[:max(0, len(others) - keep + 1)] if p not in kept]
+    for old in [*outdated, *directory.glob('.writing-ckpt-*')]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(aside: Path, step: int, values: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    tf.raw_ops.SaveV2(prefix=str(aside / 'state'), tensor_names=list(values), shape_and_slices=[''] * len(values),
+                      tensors=[tf.convert_to_tensor(v) for v in values.values()])
     files = sorted(p.name for p in aside.iterdir())
     meta = {**meta, 'step': step, 'sha256': {name: _sha256(aside / name) for name in files}}
     meta['sha256']['meta.json'] = _sha256_of_meta(meta)
@@ -54,24 +80,18 @@ def save(directory: Path, step: int, variables: Mapping[str, tf.Variable], meta:
     for name in [*files, 'meta.json']:
         _flush(aside / name)
     _flush(aside)
-    if final.exists():  # the same step again after a fall back: what is there was damaged or is equal
-        shutil.rmtree(final)
-    aside.rename(final)
-    _flush(directory)
-    _point_at(directory, final)
-    others = [p for p in list_checkpoints(directory) if p != final]
-    for old in [*others[:max(0, len(others) - keep + 1)], *directory.glob('.writing-ckpt-*')]:
-        shutil.rmtree(old)
-    return final
+
+
+def remove_after(directory: Path, step: int) -> None:
+    """Removes the checkpoints of later steps."""
+    for path in [p for p in list_checkpoints(directory) if step_of(p) > step]:
+        shutil.rmtree(path)
 
 
 def latest_valid(directory: Path) -> Path | None:
-    """The newest checkpoint whose files have their checksums; others are passed over with a warning that names them.
+    """The newest checkpoint that is whole, None if there is none; damaged ones are passed over with a warning.
 
-    None if there are no checkpoints.
-
-    Raises:
-        ConfigError: there are, and all of them are damaged: to start anew would be to lose the run in silence.
+    Raises ConfigError: all of them are damaged, and to start anew would be to lose the run in silence.
     """
     paths = list_checkpoints(directory)
     for path in reversed(paths):
@@ -106,33 +126,26 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, variables: Mapping[str, tf.Variable]) -> dict[str, np.ndarray]:
-    """Reads the tensors of these variables.
+    """Reads the tensors of these variables. Raises ConfigError: names or shapes differ from the checkpoint's."""
+    tensors, difference = load_fitting(path, variables, ('',))
+    if len(tensors) < len(variables):
+        raise ConfigError(f'checkpoint {path} is of another model: {difference}')
+    return tensors
 
-    Raises:
-        ConfigError: names or shapes differ from the checkpoint's.
-    """
+
+def load_fitting(path: Path, variables: Mapping[str, tf.Variable],
+                 prefixes: tuple[str, ...]) -> tuple[dict[str, np.ndarray], str]:
+    """Of the names with one of `prefixes`: tensors of the names and shapes of `variables`, and what does not fit."""
     reader = tf.train.load_checkpoint(str(path / 'state'))
-    stored = reader.get_variable_to_shape_map()
-    missing = sorted(set(variables) - set(stored))
+    stored = {name: shape for name, shape in reader.get_variable_to_shape_map().items() if name.startswith(prefixes)}
     misshapen = sorted(name for name in set(variables) & set(stored) if variables[name].shape.as_list() != stored[name])
-    if missing or misshapen:
-        left_over = sorted(set(stored) - set(variables))
-        raise ConfigError(f'checkpoint {path} is of another model: missing {_some(missing)}; left over '
-                          f'{_some(left_over)}; other shape {_some(misshapen)}')
-    return {name: reader.get_tensor(name) for name in variables}
+    missing, left_over = sorted(set(variables) - set(stored)), sorted(set(stored) - set(variables))
+    return ({name: reader.get_tensor(name) for name in variables if name not in {*missing, *misshapen}},
+            f'missing {_some(missing)}; left over {_some(left_over)}; other shape {_some(misshapen)}')
 
 
 def _some(names: list[str]) -> str:
     return 'none' if not names else ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-
-
-def _point_at(directory: Path, final: Path) -> None:
-    """The pointer file in the form of tf.train.latest_checkpoint."""
-    aside = directory / '.writing-pointer'
-    aside.write_text(f'model_checkpoint_path: "{final.name}/state"\n')
-    _flush(aside)
-    aside.rename(directory / 'checkpoint')
-    _flush(directory)
 
 
 def _sha256(path: Path) -> str:

@@ -49,8 +49,8 @@ _PARTS = {'ghostnet': build_ghostnet, 'article_ghostnet': build_article_ghostnet
           'random_resized_crop': input_pipeline.make_random_resized_crop,
           'random_shift': input_pipeline.make_random_shift}
 # What a run gives to its roots itself: not for gin to bind.
-_GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_position', 'shard', 'num_shards'],
-          'eval_dataset': ['source', 'global_batch_size', 'shard', 'num_shards'],
+_GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_position', 'shard', 'num_shards', 'on_bad'],
+          'eval_dataset': ['source', 'global_batch_size', 'shard', 'num_shards', 'on_bad'],
           **dict.fromkeys(['cosine', 'linear', 'exponential', 'constant_rate'],
                           ['num_steps', 'steps_per_epoch', 'global_batch_size'])}
 _CONFIGURABLES = {name: gin.external_configurable(target, name, denylist=_GIVEN.get(name))
@@ -62,7 +62,8 @@ _MACRO = 'gin.macro'
 # A resumed run may differ in these: they say where, how often or how fast, not what is computed.
 _NOT_IN_FINGERPRINT = re.compile(
     r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise)|train\.(steps_per_loop|jit|max_steps|'
-    r'checkpoint_.*|keep_.*|log_.*|eval_.*|grace_secs|step_timeout_secs|allow_config_change)')
+    r'checkpoint_.*|keep_.*|log_.*|eval_.*|save_.*|bad_example_budget|max_rollbacks|grace_secs|'
+    r'step_timeout_secs|allow_config_change)')
 
 
 class Config(NamedTuple):
@@ -82,8 +83,7 @@ def load(files: Sequence[str], params: Sequence[str]) -> Config:
     """Parses gin/defaults.gin, then `files` from left to right, then `params`, and checks every binding.
 
     Relative paths are looked up in the current directory, then in the repository; params are as 'ghostnet.width=0.5'.
-    Raises ConfigError: no such file, a syntax error, an unknown name (with the nearest one), a binding that nothing
-    uses, a value that is missing or wrong.
+    Raises ConfigError: no such file, wrong syntax, an unknown name, a binding that nothing uses, a wrong or no value.
     """
     gin.clear_config()
     for file in [str(REPOSITORY / 'gin/defaults.gin'), *files]:
@@ -105,17 +105,14 @@ def _parse(parse: Callable[[str], Any], argument: str, origin: str) -> None:
     logging.disable(logging.ERROR)  # gin logs each place that does not have a file that another one has
     try:
         parse(argument)
-    except OSError as error:  # of an include
-        raise ConfigError(f'{origin}: {_first_line(error)}') from None
     except tokenize.TokenError as error:
         problem, (line, _) = error.args
         raise ConfigError(f'{origin}: line {line}: {problem}: a bracket or a quote is not closed') from None
     except SyntaxError as error:
-        token = re.search(r"Failed to parse token '(.*)'", error.msg)
-        problem = f'{token[1]} is no value' if token else error.msg.rstrip('.')
+        problem = re.sub(r".*Failed to parse token '(.*)'.*", r'\1 is no value', error.msg.rstrip('.'), flags=re.DOTALL)
         raise ConfigError(f'{error.filename or origin}: line {error.lineno}: {problem}; a binding is '
                           'name.parameter = value, strings in quotes') from None
-    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError, OSError) as error:
         # gin adds the place to most of its messages; in a --gin_param it is always line 1.
         place = re.search(r'\n  In file "(.*)", line (\d+)', str(error))
         origin = f'{place[1]}: line {place[2]}' if place else origin
@@ -126,16 +123,13 @@ def _parse(parse: Callable[[str], Any], argument: str, origin: str) -> None:
 
 def _suggestion(message: str) -> str:
     """The nearest of the names that exist, for gin's messages on unknown ones."""
-    unknown_parameter = re.search(r"'(\S+)' doesn't have a parameter named '(\S+)'", message)
-    if unknown_parameter:
-        owner, name = unknown_parameter[1].rsplit('.', 1)[-1], unknown_parameter[2]
-        known = [parameter.name for parameter in _parameters(owner)]
-        prefix = f'{owner}.'
-    else:
-        unknown = re.search(r"No configurable matching (?:reference )?'@?([^'(]+)", message)
-        if not unknown:
-            return '; the run gives it' if 'denylisted' in message else ''
+    if unknown := re.search(r"'(\S+)' doesn't have a parameter named '(\S+)'", message):
+        owner, name = unknown[1].rsplit('.', 1)[-1], unknown[2]
+        known, prefix = [parameter.name for parameter in _parameters(owner)], f'{owner}.'
+    elif unknown := re.search(r"No configurable matching (?:reference )?'@?([^'(]+)", message):
         name, known, prefix = unknown[1].rsplit('/', 1)[-1], list(_ROOTS | _PARTS), ''
+    else:
+        return '; the run gives it' if 'denylisted' in message else ''
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f'; did you mean {prefix}{near[0]}?' if near else f'; there are {", ".join(prefix + k for k in known)}'
 
@@ -146,8 +140,8 @@ def _used_selectors() -> list[tuple[str, str]]:
     for key in reached:  # grows while it is walked
         for reference in gin.config.iterate_references(_BINDINGS.get(key, {})):
             scope, selector = reference.config_key
-            parts = scope.split('/') if scope else []
-            keys = [('/'.join(parts[:i]), selector) for i in range(len(parts), -1, -1)]  # a scope falls back on outer
+            parts = scope.split('/') if scope else []  # a scope falls back on outer ones
+            keys = [('/'.join(parts[:i]), selector) for i in range(len(parts), -1, -1)]
             reached.extend(k for k in keys if k not in reached)
     return reached
 

@@ -1,7 +1,8 @@
 """The command: absl flags -> configuration -> strategy -> mode. Turns a user's mistake into one line and exit code 2.
 
-Exit codes: 0 finished, 2 the user's mistake, 42 stopped by a signal and saved, 75 another worker is lost or a step
-hangs; anything else is a crash. The same command resumes. stdout carries results only; progress and logs go to stderr.
+Exit codes: 0 finished, 1 nothing could be saved for too long, 2 the user's mistake, 42 stopped by a signal and saved,
+75 another worker is lost or a step hangs; anything else is a crash. The same command resumes. stdout carries results
+only; progress and logs go to stderr.
 """
 import json
 import logging
@@ -42,12 +43,16 @@ def main(argv: list[str]) -> int:
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS' own progress is of no use to the reader
     _import_tensorflow()
     from input_pipeline import DataError
-    from trainer.preemption import EXIT_STOPPED, StoppedEarly, StopSignals
+    from trainer.exits import EXIT_STOPPED
+    from trainer.preemption import StoppedEarly, StopSignals
+    from trainer.saver import SaveError
     try:
         with StopSignals() as signals:
             _run(signals)
     except (ConfigError, DataError) as error:
         return _fail(next(iter(str(error).splitlines()), ''))
+    except SaveError as error:
+        return _fail(str(error), code=1)
     except StoppedEarly as stopped:
         logging.info('%s: the same command resumes', stopped)
         return EXIT_STOPPED
@@ -58,7 +63,8 @@ def _run(signals) -> None:
     import tensorflow as tf
 
     from trainer import config as config_module
-    from trainer.preemption import explain_lost_peer, leave
+    from trainer.exits import leave
+    from trainer.preemption import explain_lost_peer
     config = config_module.load(_FLAGS.gin_file, _FLAGS.gin_param)
     recipes = [Path(file).stem for file in _FLAGS.gin_file if Path(file).parent.name != 'hardware']
     workdir = Path(_FLAGS.workdir or f'runs/{(recipes or ["defaults"])[-1]}').expanduser()
@@ -92,19 +98,21 @@ def _run_mode(config, strategy, workdir: Path, should_stop: Callable[[], bool]) 
     from trainer import evaluate, loop
     name, data_dir, prepare = _find_data(config.data)
     eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
-    is_eval = _FLAGS.mode == 'eval'
-    needs_train = not is_eval or config.train.eval_precise_batch_norm
+    needs_train = _FLAGS.mode == 'train' or config.train.eval_precise_batch_norm
     train_source = input_pipeline.open_source(name, data_dir, config.data.train_split) if needs_train else None
     common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset,
               'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
-    if is_eval:
+    if _FLAGS.mode == 'eval':
         print(json.dumps(evaluate.evaluate_checkpoint(config.train, config.data, config.evaluate, **common)))
         return
 
     def write_config(workdir: Path) -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / 'config.gin').write_text(config.text)
-        (workdir / 'operative_config.gin').write_text(config_module.operative_text())
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / 'config.gin').write_text(config.text)
+            (workdir / 'operative_config.gin').write_text(config_module.operative_text())
+        except OSError as error:
+            raise ConfigError(f'--workdir {workdir} cannot be written: {error}') from error
 
     loop.train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
                write_config=write_config, should_stop=should_stop, **common)
@@ -121,15 +129,15 @@ def _find_data(data) -> tuple[str, str, bool]:
     return data.name, data_dir or general, False
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f'error: {message}', file=sys.stderr)
-    return 2
+    return code
 
 
 def _import_tensorflow() -> None:
     """Imports TensorFlow and lets it find its devices without the dozen lines its C++ writes to stderr meanwhile.
 
-    What is written is shown after all if that fails; TF_CPP_MIN_LOG_LEVEL=0 shows it always.
+    They are shown if that fails; TF_CPP_MIN_LOG_LEVEL=0 shows them always.
     """
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     stderr, failed = os.dup(2), True

@@ -7,17 +7,15 @@ all, and a process that waits in a collective can only be ended; the last checkp
 import math
 import os
 import signal
-import sys
 import threading
 import time
-from typing import NoReturn
 
 import tensorflow as tf
 from tensorflow.python.eager import context  # the only way to ask whether a peer is alive
 
+from trainer.exits import EXIT_STOPPED, end, leave, say
 from trainer.strategy import describe_worker, is_multi_worker
 
-EXIT_STOPPED, EXIT_PEER_LOST = 42, 75
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # srun hands the last one on
 
 
@@ -28,7 +26,7 @@ class StoppedEarly(Exception):
 class StopSignals:
     """SIGTERM, SIGINT or SIGUSR1: calling the object tells whether one has come; a second one ends the process at once.
 
-    Used as a context, in the main thread. Before the first call nobody could save anything, and one signal ends the
+    Used as a context, in the main thread. Before the first call there is nothing to save, and one signal ends the
     process too. A signal that the process was started to ignore stays ignored.
     """
 
@@ -67,18 +65,17 @@ class StopSignals:
                     continue
                 name = signal.Signals(came[0]).name
                 if not self._is_asked:
-                    _end(EXIT_STOPPED, f'{name}: nothing to save yet; the same command starts again')
+                    end(EXIT_STOPPED, f'{name}: nothing to save yet; the same command starts again')
                 if self._has_come:
-                    _end(128 + came[0], f'{name} again: the last checkpoint stays; the same command resumes')
+                    end(128 + came[0], f'{name} again: the last checkpoint stays; the same command resumes')
                 self._has_come = True
-                _say(f'{name}: stopping and saving at the end of this loop of steps (a second signal ends at once)')
+                say(f'{name}: stopping and saving at the end of this loop of steps (a second signal ends at once)')
 
 
 class Watchdog:
     """Ends the process when a peer has not answered, or no call of `heard` has come, for too long.
 
-    Used as a context; only what happens inside it is watched. A worker of 'multi_worker' has strategy.peer_timeout_secs
-    to answer; step_timeout_secs is from one call of `heard` to the next.
+    Used as a context, which it watches. A worker of 'multi_worker' has strategy.peer_timeout_secs to answer.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy, step_timeout_secs: float):
@@ -102,15 +99,13 @@ class Watchdog:
         while not self._stopped.wait(min(10.0, peer_timeout_secs / 4, self._step_timeout_secs / 4)):
             answered |= {peer: time.monotonic() for peer in answered if _answers(peer)}
             now = time.monotonic()
-            waiting = now - self._heard
             if self._stopped.is_set():
                 return
             for peer, last in answered.items():
                 if now - last > peer_timeout_secs:
                     leave(f'{describe_worker(self._strategy, peer)} has not answered for {now - last:.0f} s')
-            if waiting > self._step_timeout_secs:
-                worker = (describe_worker(self._strategy, self._strategy.cluster_resolver.task_id)
-                          if is_multi_worker(self._strategy) else 'this process')
+            if (waiting := now - self._heard) > self._step_timeout_secs:
+                worker = describe_worker(self._strategy) if is_multi_worker(self._strategy) else 'this process'
                 leave(f'{worker}: no step has returned for {waiting:.0f} s (train.step_timeout_secs)')
 
 
@@ -126,29 +121,10 @@ def explain_lost_peer(strategy: tf.distribute.Strategy, error: tf.errors.OpError
     return f'a step with the other workers failed: {reason}'
 
 
-def leave(message: str) -> NoReturn:
-    """One line, and the end of the process: whatever waits for the lost peer would wait for ever."""
-    _end(EXIT_PEER_LOST, f'error: {message}; nothing new was saved: run the same command again')
-
-
-def _end(code: int, message: str) -> NoReturn:
-    _say(message)
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _say(message: str) -> None:
-    try:
-        print(f'\n{message}', file=sys.stderr, flush=True)
-    except OSError:  # who read it has ended, as `tee` does on Ctrl-C: nobody listens from here on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
 def _peers(strategy: tf.distribute.Strategy) -> list[int]:
-    if not is_multi_worker(strategy):
-        return []
     resolver = strategy.cluster_resolver
-    return [i for i in range(resolver.cluster_spec().num_tasks('worker')) if i != resolver.task_id]
+    num_workers = resolver.cluster_spec().num_tasks('worker') if is_multi_worker(strategy) else 0
+    return [i for i in range(num_workers) if i != resolver.task_id]
 
 
 def _answers(peer: int) -> bool:

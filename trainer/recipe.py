@@ -61,11 +61,18 @@ class Train:
     accumulate: int = 1  # parts that a replica's rows are worked off in; each has batch statistics of its own
     clip_norm: float | None = None  # largest global norm of the gradient, taken after the all-reduce
     adaptive_clip: float | None = None  # largest norm of a unit's gradient, as a part of its parameters' norm
+    spike_factor: float | None = None  # a step whose gradient norm is so many times the usual one is skipped
+    rollback_after: int | None = None  # skipped steps in a row; then back to a periodic checkpoint, and past them
+    max_rollbacks: int = 3
     ema_decay: float | None = None  # keeps an exponential moving average of the weights and evaluates it too
     sync_batch_norm: bool = False  # batch statistics of the global batch, not of each replica's rows
     checkpoint_every_steps: int = 1000
     checkpoint_every_secs: float | None = None  # also that often by the clock, at the end of a loop of steps
     keep_checkpoints: int = 3
+    keep_every_steps: int | None = None  # checkpoints of multiples of it are kept too
+    save_retry_secs: float = 600.0  # how long a disk may be full before the run ends with code 1
+    initial_weights: str | None = None  # of a checkpoint or a PyTorch file, as far as they fit, for a new run
+    bad_example_budget: float = 0.001  # the part of a split's examples that may be unusable
     image_sizes: tuple[tuple[float, int], ...] | None = None  # (from epoch, pixels): smaller images first are faster
     eval_every_epochs: float = 1
     eval_flip: bool = False  # logits are the mean of those of an image and of its mirror image: twice the time
@@ -80,14 +87,19 @@ class Train:
             self, 'train',
             (lambda v: is_number(v) and v > 0, 'a positive number', 'epochs', 'eval_every_epochs'),
             (lambda v: is_number(v) and v > 0, 'None or a positive number', 'clip_norm', 'adaptive_clip'),
-            (lambda v: is_number(v) and v > 0, 'a positive number of seconds', 'grace_secs', 'step_timeout_secs'),
+            (lambda v: is_number(v, 1), 'None or a number from 1', 'spike_factor'),
+            (lambda v: is_number(v) and v > 0, 'a positive number of seconds', 'grace_secs', 'step_timeout_secs',
+             'save_retry_secs'),
             (lambda v: is_number(v, 0), 'None or seconds', 'checkpoint_every_secs'),
-            (lambda v: is_number(v, 0, 1), 'at least 0 and below 1', 'label_smoothing'),
+            (lambda v: is_number(v, 0, 1), 'at least 0 and below 1', 'label_smoothing', 'bad_example_budget'),
+            (lambda v: isinstance(v, str) and v != '', 'None or the path of a checkpoint or a file of weights',
+             'initial_weights'),
             (lambda v: is_number(v, 0, 1), 'None, or at least 0 and below 1', 'ema_decay'),
             (lambda v: _is_integer(v, 1), 'a positive integer', 'global_batch_size', 'steps_per_loop', 'accumulate',
              'checkpoint_every_steps', 'keep_checkpoints', 'log_every_steps'),
-            (lambda v: _is_integer(v, 1), 'None or a positive integer', 'max_steps'),
-            (lambda v: _is_integer(v, 0), 'an integer from 0', 'seed'),
+            (lambda v: _is_integer(v, 1), 'None or a positive integer', 'max_steps', 'keep_every_steps',
+             'rollback_after'),
+            (lambda v: _is_integer(v, 0), 'an integer from 0', 'seed', 'max_rollbacks'),
             (lambda v: _is_integer(v, 0), 'a number of batches, or 0', 'eval_precise_batch_norm'),
             (lambda v: isinstance(v, bool), 'True or False', 'sync_batch_norm', 'eval_flip', 'allow_config_change'),
             (lambda v: v in ('auto', True, False), "'auto', True or False", 'jit'),
@@ -100,6 +112,8 @@ class Train:
              'image_sizes'))
         require(self.adaptive_clip is None or self.clip_norm is None, 'train.adaptive_clip', self.adaptive_clip,
                 f'None where train.clip_norm is set ({self.clip_norm!r})')
+        require(self.spike_factor is None or self.rollback_after is not None, 'train.spike_factor', self.spike_factor,
+                'None where train.rollback_after is: or a norm that stays high would stop the training for good')
         require(not (self.sync_batch_norm and self.accumulate > 1), 'train.accumulate', self.accumulate,
                 '1 with train.sync_batch_norm, which takes statistics of the whole global batch at once')
 

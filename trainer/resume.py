@@ -1,41 +1,48 @@
-"""What a run resumes from: the newest whole checkpoint in its workdir, if the recipe is still the one that made it.
+"""What a run starts from: weights, the newest whole checkpoint of the same recipe, or one before numbers went wrong.
 
 Apart from loop.py, whose length it would double, and from checkpoint.py, which knows files and no recipe.
 """
+import json
 import logging
 import os
 import platform
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import tensorflow as tf
 
+from ghostnet import load_pytorch_weights
 from trainer import checkpoint
-from trainer.recipe import ConfigError
+from trainer.recipe import ConfigError, Train
 from trainer.state import TrainState
-from trainer.step import make_sum_over_workers
 from trainer.strategy import describe_worker, is_chief
 
 
 def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: TrainState, now: Mapping[str, Any],
-                   allow_change: bool) -> dict[str, Any]:
+                   allow_change: bool, sum_over_workers: Callable[[int], int]) -> dict[str, Any]:
     """Restores `state` from the newest whole checkpoint in `directory`, if there is one, and returns its meta, or {}.
 
     `now` has the 'fingerprint', which must be the checkpoint's unless `allow_change`, and what else bits depend on.
-
-    Raises:
-        ConfigError: another recipe or model, nothing but damaged checkpoints, or workers that see different ones.
+    Raises ConfigError: another recipe or model, all are damaged, or workers differ in checkpoint or recipe.
     """
+    def of_first(value: int) -> int:
+        return sum_over_workers(value if is_chief(strategy) else 0)
+
     path = checkpoint.latest_valid(directory)
     found = checkpoint.step_of(path) if path else -1
-    first_found = make_sum_over_workers(strategy)(found if is_chief(strategy) else 0)
+    recipe_hash = zlib.crc32(json.dumps(now['fingerprint'], sort_keys=True).encode())
+    first_found, first_hash = of_first(found), of_first(recipe_hash)
     if found != first_found:
-        worker = describe_worker(strategy, strategy.cluster_resolver.task_id)
         seen, first_seen = (f'step {step}' if step >= 0 else 'no checkpoint' for step in (found, first_found))
-        raise ConfigError(f'{worker} finds {seen} in {directory}, worker 0 {first_seen}: --workdir must name a '
-                          'directory that all workers share')
+        raise ConfigError(f'{describe_worker(strategy)} finds {seen} in {directory}, worker 0 {first_seen}: --workdir '
+                          'must name a directory that all workers share')
+    if recipe_hash != first_hash:
+        raise ConfigError(f'{describe_worker(strategy)} was started with another recipe than worker 0: --gin_file and '
+                          '--gin_param must be the same for all')
     if path is None:
         return {}
     then = checkpoint.read_meta(path)
@@ -51,6 +58,59 @@ def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: Tra
         if key != 'fingerprint' and then.get(key) != value:
             logging.warning('%s was %s, is %s: resume is exact in data, not in bits', key, then.get(key), value)
     return then
+
+
+def start_from(path: str, model: keras.Model, state: TrainState) -> None:
+    """Gives a new run the weights at `path` and nothing else, and lists what does not fit, as another class count.
+
+    `path` is a checkpoint directory of this trainer's, or a file that `ghostnet.load_pytorch_weights` reads.
+    Raises ConfigError: no such file, a damaged checkpoint, or nothing in it that fits.
+    """
+    weights = {f'params/{key}': v for key, v in state.params.items()}
+    weights |= {f'batch_stats/{key}': v for key, v in state.batch_stats.items()}
+    if Path(path).is_dir():
+        if damage := checkpoint.find_damage(Path(path)):
+            raise ConfigError(f'train.initial_weights is {path!r}: {damage}; it must be a directory ckpt-<step>')
+        tensors, left_out = checkpoint.load_fitting(Path(path), weights, ('params/', 'batch_stats/'))
+        if not tensors:
+            raise ConfigError(f'train.initial_weights is {path!r}, of which nothing fits: {left_out}')
+        for name, tensor in tensors.items():
+            weights[name].assign(tensor)
+        logging.info('%d of %d variables start from %s: %s', len(tensors), len(weights), path, left_out)
+    else:
+        try:
+            load_pytorch_weights(model, path, strict=False)  # which lists what does not fit
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f'train.initial_weights is {path!r}: {str(error).splitlines()[0]}') from error
+    for key, average in state.ema.items():
+        average.assign((state.params | state.batch_stats)[key])
+
+
+def roll_back(directory: Path, state: TrainState, settings: Train, step: int) -> dict[str, Any]:
+    """After too many skipped steps: back to the newest periodic checkpoint, and on past the examples of those steps.
+
+    The step is the checkpoint's, the position that after the last step that counted among the skipped ones, wherever
+    the loop of steps ended. Saves made by the clock or by a signal come at steps that no other run would go back to:
+    one is taken only if there is no periodic one. Returns the checkpoint's meta and, in it, the tags to 'report'.
+    Raises ConfigError: that has been done train.max_rollbacks times already.
+    """
+    rollbacks = int(state.guard['rollbacks'].numpy())
+    beyond = int(state.guard['skips_in_a_row'].numpy()) - settings.rollback_after
+    position, failed_at = int(state.position.numpy()) - beyond * settings.global_batch_size, step - beyond
+    if rollbacks == settings.max_rollbacks:
+        raise ConfigError(f'step {failed_at} was the last of train.rollback_after = {settings.rollback_after} in a row '
+                          'whose numbers were not finite or leapt, and the run has been rolled back '
+                          f'train.max_rollbacks = {rollbacks} times: a lower learning rate or clipping may help')
+    whole = [p for p in checkpoint.list_checkpoints(directory) if not checkpoint.find_damage(p)]
+    path = ([p for p in whole if checkpoint.step_of(p) % settings.checkpoint_every_steps == 0] or whole)[-1]
+    state.restore(checkpoint.load(path, state.variables()))
+    state.position.assign(position)
+    state.guard['rollbacks'].assign(rollbacks + 1)
+    state.guard['skips_in_a_row'].assign(0)
+    logging.warning('%d steps in a row up to %d were skipped: back to %s, and on from position %d',
+                    settings.rollback_after, failed_at, path, position)
+    return checkpoint.read_meta(path) | {'report': {
+        'train/rollbacks': rollbacks + 1, 'train/rollback_from_step': failed_at, 'train/rollback_position': position}}
 
 
 def describe_environment(strategy: tf.distribute.Strategy) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 """TrainState: every variable of a run under a stable name. Checkpoints, evaluation and export are functions of it."""
+import types
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -7,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer.guard import init_guard
 from trainer.loss_scale import init_loss_scale
 from trainer.recipe import ConfigError, Train
 
@@ -15,7 +17,7 @@ Tensors = dict[str, tf.Tensor]
 
 
 # What a step computes anew: the values of TrainState's fields after step and position.
-Values = namedtuple('Values', 'params batch_stats slots ema loss_scale')
+Values = namedtuple('Values', 'params batch_stats slots ema loss_scale guard')
 
 
 class TrainState(NamedTuple):
@@ -28,12 +30,13 @@ class TrainState(NamedTuple):
     slots: dict[str, Variables]  # {slot name: {path: variable}}
     ema: Variables  # over params and batch_stats; empty if none is kept
     loss_scale: Variables  # see loss_scale.py; empty unless precision is mixed_float16
+    guard: Variables  # see guard.py; empty unless the recipe asks for it
 
     def variables(self) -> Variables:
         """All of it, by the names it has in a checkpoint."""
         named = {'step': self.step, 'position': self.position, **self.loss_scale}
         slots = {f'slots/{slot}': variables for slot, variables in self.slots.items()}
-        kinds = {'params': self.params, 'batch_stats': self.batch_stats, **slots, 'ema': self.ema}
+        kinds = {'params': self.params, 'batch_stats': self.batch_stats, **slots, 'ema': self.ema, 'guard': self.guard}
         return named | {f'{kind}/{path}': v for kind, variables in kinds.items() for path, v in variables.items()}
 
     def weights(self, name: str) -> tuple[Variables, Variables]:
@@ -56,9 +59,9 @@ class TrainState(NamedTuple):
             variable.assign(tensors[name])
 
 
-def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: bool = False,
-                      precision: str = 'float32') -> TrainState:
-    """Builds the state around the variables of `model`. To be called inside the strategy's scope."""
+def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: bool = False, precision: str = 'float32',
+                      guard: Mapping[str, tf.Tensor] = types.MappingProxyType({})) -> TrainState:
+    """Builds the state around the variables of `model`; guard: see guard.py. To be called in the strategy's scope."""
     def by_path(variables):  # without the model's own name, which Keras numbers by the order of construction
         return {v.path.removeprefix(f'{model.name}/'): v.value for v in variables}
 
@@ -78,7 +81,8 @@ def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: boo
     slots = {slot: build_variables(tensors) for slot, tensors in init_slots(initial).items()}
     ema = build_variables(params | batch_stats if with_ema else {})
     loss_scale = build_variables(init_loss_scale(precision))
-    return TrainState(scalar('step'), scalar('position'), params, batch_stats, slots, ema, loss_scale)
+    return TrainState(scalar('step'), scalar('position'), params, batch_stats, slots, ema, loss_scale,
+                      build_variables(guard))
 
 
 def num_logits(model: keras.Model) -> int:
@@ -109,7 +113,8 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
         with strategy.scope():
             model = settings.model()
             state = build_train_state(model, init_slots, with_ema=settings.ema_decay is not None,
-                                      precision=settings.precision)
+                                      precision=settings.precision,
+                                      guard=init_guard(settings.spike_factor, settings.rollback_after))
     except ValueError as error:  # of a value that the network refuses
         raise ConfigError(str(error).splitlines()[0]) from error
     finally:

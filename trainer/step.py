@@ -119,9 +119,9 @@ def make_step(model: keras.Model, settings: Train, *, normalize: Callable[[tf.Te
                 grads, new_stats, sums = _all_reduce_packed(all_reduce, (grads, new_stats, sums))
         if num_parts > 1:  # one view of them for all replicas and parts
             new_stats = {path: s / num_parts for path, s in new_stats.items()}
-        new_values, is_finite, norm = update(values, grads, new_stats, step_number)
-        taken = {name: tf.where(is_finite, value, 0.0) for name, value in (sums | {'grad_norm': norm}).items()}
-        return new_values, taken | {'seen': sums['examples'], 'skipped': 1 - tf.cast(is_finite, tf.float32)}
+        new_values, is_taken, norm = update(values, grads, new_stats, sums['loss'], step_number)
+        taken = {name: tf.where(is_taken, value, 0.0) for name, value in (sums | {'grad_norm': norm}).items()}
+        return new_values, taken | {'seen': sums['examples'], 'skipped': 1 - tf.cast(is_taken, tf.float32)}
 
     return _compile(step) if jit and num_replicas == 1 else step
 
@@ -222,7 +222,8 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, par
 def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: Variables, batch_stats: Variables, *,
                    normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
                    jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
-    """Makes eval_loop(iterator, num_batches) -> sums over the unmasked rows: 'examples', 'loss', 'top1', 'top5'.
+    """Makes eval_loop(iterator, num_batches) -> sums over the unmasked rows: 'examples', 'loss', 'top1', 'top5'; and
+    'rows', the number of all rows that are no padding.
 
     With `flip` logits are the mean of those of an image and of its mirror image.
     """
@@ -232,7 +233,9 @@ def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params:
         logits = sum(model.stateless_call(params, batch_stats, view, training=False)[0] for view in views) / len(views)
         losses = smoothed_cross_entropy(logits, batch['label'])
         sums = masked_sums(logits, losses, batch['label'], batch['mask'])
-        return tf.stack([sums[name] for name in SUMS])
+        sums['rows'] = tf.reduce_sum(tf.cast(batch['index'] >= 0, tf.float32))
+        return tf.stack([sums[name] for name in names])
 
-    total = _make_total(strategy, forward, params, batch_stats, [len(SUMS)], 'SUM', jit)
-    return tf.function(lambda iterator, num_batches: dict(zip(SUMS, tf.unstack(total(iterator, num_batches)))))
+    names = (*SUMS, 'rows')
+    total = _make_total(strategy, forward, params, batch_stats, [len(names)], 'SUM', jit)
+    return tf.function(lambda iterator, num_batches: dict(zip(names, tf.unstack(total(iterator, num_batches)))))

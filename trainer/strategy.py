@@ -2,10 +2,14 @@
 import contextlib
 import logging
 import os
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tensorflow as tf
 
+from trainer.exits import leave
 from trainer.recipe import ConfigError, is_number, require
 
 NAMES = ('auto', 'one_device', 'mirrored', 'multi_worker', 'tpu')
@@ -13,7 +17,7 @@ NAMES = ('auto', 'one_device', 'mirrored', 'multi_worker', 'tpu')
 
 def build_strategy(name: str = 'auto', num_devices: int | None = None, op_threads: int | None = None,
                    timeout_secs: float = 300.0, tpu: str = 'local') -> tf.distribute.Strategy:
-    """Builds the strategy and says in one line what it took.
+    """Builds the strategy and says in one line what it took. Raises ConfigError: a wrong value, or what is not there.
 
     Args:
         name: 'one_device'; 'mirrored': all GPUs of this machine, or logical CPUs where there is none; 'multi_worker':
@@ -24,9 +28,6 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
             that give each core work of its own, 1 is faster: operations on small images are too short to be shared.
         timeout_secs: how long a worker of 'multi_worker' waits for the others in a collective before it gives up.
         tpu: 'local' on a TPU VM, or the name of a TPU.
-
-    Raises:
-        ConfigError: a wrong value, more devices than there are, or no cluster where one is asked for.
     """
     require(name in NAMES, 'build_strategy.name', name, f'one of {", ".join(NAMES)}')
     for key, value in (('num_devices', num_devices), ('op_threads', op_threads)):
@@ -60,7 +61,7 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
         return _build_multi_worker_strategy(len(gpus), timeout_secs)
     if name == 'one_device':
         devices = ['GPU:0' if gpus else 'CPU:0']
-        strategy = tf.distribute.OneDeviceStrategy(devices[0])
+        strategy = tf.distribute.OneDeviceStrategy(*devices)
     else:
         devices = [f'GPU:{i}' for i in range(num_devices or len(gpus))] if gpus else _logical_cpus(num_devices or 1)
         if gpus and len(devices) > len(gpus):
@@ -76,7 +77,7 @@ def has_accelerator() -> bool:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one that writes to the workdir: the first worker, or the only one."""
+    """Whether this process writes to the workdir: the first worker, or the only one."""
     return strategy.extended.should_checkpoint
 
 
@@ -85,22 +86,33 @@ def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
-def describe_worker(strategy: tf.distribute.Strategy, index: int) -> str:
-    """'worker 1 (host:port)', for messages."""
+def describe_worker(strategy: tf.distribute.Strategy, index: int | None = None) -> str:
+    """'worker 1 (host:port)' of many, for messages; by default this one."""
+    index = strategy.cluster_resolver.task_id if index is None else index
     return f'worker {index} ({strategy.cluster_resolver.cluster_spec().task_address("worker", index)})'
+
+
+def take_turns(strategy: tf.distribute.Strategy, sum_over_workers: Callable[[int], int],
+               action: Callable[[], None]) -> None:
+    """Calls `action` on each worker while the others wait; to be called by all."""
+    resolver = strategy.cluster_resolver
+    for worker in range(resolver.cluster_spec().num_tasks('worker') if is_multi_worker(strategy) else 1):
+        if not is_multi_worker(strategy) or worker == resolver.task_id:
+            action()
+        sum_over_workers(0)
 
 
 def _find_cluster() -> tf.distribute.cluster_resolver.ClusterResolver | None:
     """The cluster that TF_CONFIG or SLURM describes, if it has more than one worker."""
-    if os.environ.get('TF_CONFIG'):
+    if text := os.environ.get('TF_CONFIG'):
         try:
             resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
             workers = resolver.cluster_spec().as_dict()['worker']
             if resolver.task_type != 'worker' or not 0 <= resolver.task_id < len(workers):
                 raise ValueError(f'task {resolver.task_type} {resolver.task_id} is none of the {len(workers)} workers')
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f'TF_CONFIG is {os.environ["TF_CONFIG"]!r}: {error!r}; it must be as {{"cluster": '
-                              '{"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}') from error
+            raise ConfigError(f'TF_CONFIG is {text!r}: {error!r}; it must be as {{"cluster": {{"worker": ["host:port", '
+                              '...]}, "task": {"type": "worker", "index": 0}}') from error
         return resolver if len(workers) > 1 else None
     if int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
         return tf.distribute.cluster_resolver.SlurmClusterResolver()
@@ -112,12 +124,36 @@ def _build_multi_worker_strategy(num_gpus: int, timeout_secs: float) -> tf.distr
     if resolver is None:
         raise ConfigError("build_strategy.name is 'multi_worker', but neither TF_CONFIG nor SLURM names more than one "
                           'worker: start it with launch/multi_worker.sh or launch/slurm.sbatch, or take --workers')
+    _wait_for_all(resolver, timeout_secs)
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, tf.distribute.experimental.CommunicationOptions(
         timeout_seconds=timeout_secs, implementation='NCCL' if num_gpus else 'RING'))
     strategy.peer_timeout_secs = timeout_secs  # for preemption.Watchdog
-    logging.info('strategy multi_worker: this is %s of %d, with %s', describe_worker(strategy, resolver.task_id),
+    logging.info('strategy multi_worker: this is %s of %d, with %s', describe_worker(strategy),
                  resolver.cluster_spec().num_tasks('worker'), f'{num_gpus} GPUs' if num_gpus else 'a CPU')
     return strategy
+
+
+def _wait_for_all(resolver: tf.distribute.cluster_resolver.ClusterResolver, timeout_secs: float) -> None:
+    """TensorFlow itself waits an hour for a worker that does not come, holds Python's lock, and hears no signal."""
+    addresses, own = dict(enumerate(resolver.cluster_spec().as_dict()['worker'])), resolver.task_id
+    deadline, absent = time.monotonic() + timeout_secs, addresses.keys() - {own}
+    try:
+        server = socket.create_server(('', int(addresses[own].rpartition(':')[2])), backlog=1024)
+    except OSError as error:
+        raise ConfigError(f'worker {own} cannot listen on {addresses[own]}: {error}') from error
+    with server:  # until all have come, who then find TensorFlow's own server here
+        while absent := {i for i in absent if not _listens(addresses[i])}:
+            if time.monotonic() > deadline:
+                leave(f'{", ".join(f"worker {i} ({addresses[i]})" for i in sorted(absent))} did not come within '
+                      f'build_strategy.timeout_secs = {timeout_secs:g}')
+            time.sleep(0.1)
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(':')
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+        return True
+    return False
 
 
 def _build_tpu_strategy(tpu: str) -> tf.distribute.Strategy:
@@ -136,8 +172,7 @@ def _logical_cpus(count: int) -> list[str]:
     cpu = tf.config.list_physical_devices('CPU')[0]
     with contextlib.suppress(RuntimeError):  # TensorFlow has started: what it has then counts
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
-    num_logical = len(tf.config.list_logical_devices('CPU'))
-    if num_logical < count:
+    if (num_logical := len(tf.config.list_logical_devices('CPU'))) < count:
         raise ConfigError(f'build_strategy.num_devices is {count}, but TensorFlow has already started with '
                           f'{num_logical} logical CPUs; set it before anything is computed')
     return [f'CPU:{i}' for i in range(count)]

@@ -1,6 +1,7 @@
 """Telemetry: one report(step, {tag: value}) to metrics.jsonl, TensorBoard, and a progress line on stderr."""
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -24,24 +25,29 @@ class Telemetry:
         if self.is_silent:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._workdir, self._resumed_step = workdir, resumed_step
-        self._clock, self._stream = clock, stream or sys.stderr
-        path = workdir / 'metrics.jsonl'
+        self._workdir, self._clock, self._stream = workdir, clock, stream or sys.stderr
+        self._is_live, self._live_width, self._unwritten = self._stream.isatty(), 0, b''
+        self._open(resumed_step)
+
+    def _open(self, resumed_step: int) -> None:
+        self._resumed_step, self._writers = resumed_step, {}
+        path = self._workdir / 'metrics.jsonl'
         kept = ''.join(line for line, found in read_reports(path) if found['step'] <= resumed_step).encode()
         if path.exists() and kept != path.read_bytes():  # without steps that are made again, or a line cut by a kill
             aside = path.with_suffix('.writing')
             aside.write_bytes(kept)
             aside.replace(path)
-        self._file = open(path, 'a', encoding='utf-8')
-        self._writers = {}
-        self._is_live, self._live_width = self._stream.isatty(), 0
+        self._file = open(path, 'ab', buffering=0)
+
+    def go_back(self, step: int) -> None:
+        """Takes back what was reported of later steps."""
+        if not self.is_silent:
+            self._close_files()
+            self._unwritten = b''
+            self._open(step)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes tags of one kind ('train/...', 'eval/...') for one step.
-
-        Raises:
-            ValueError: no tags, or tags of more than one kind, which have to stand in separate lines.
-        """
+        """Writes tags of one kind ('train/...', 'eval/...') for one step. Raises ValueError: none, or several."""
         kinds = {'train' if tag.startswith('train/') else 'eval' for tag in metrics}
         if len(kinds) != 1:
             raise ValueError(f'one report is of train tags or of eval tags, not {sorted(metrics)}')
@@ -49,11 +55,16 @@ class Telemetry:
             return
         # JSON has no NaN: a value that is none becomes null.
         finite = {tag: value if math.isfinite(value) else None for tag, value in metrics.items()}
-        self._file.write(json.dumps({'step': step, 'time': self._clock(), **finite}) + '\n')
-        self._file.flush()
-        with self._writer(kinds.pop()).as_default():
-            for tag, value in metrics.items():
-                tf.summary.scalar(tag, value, step)
+        self._unwritten += json.dumps({'step': step, 'time': self._clock(), **finite}).encode() + b'\n'
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+            with self._writer(kinds.pop()).as_default():
+                for tag, value in metrics.items():
+                    tf.summary.scalar(tag, value, step)
+        except (OSError, tf.errors.OpError) as error:
+            logging.warning('CANNOT WRITE a report in %s: %s; training goes on, and the next report completes '
+                            'metrics.jsonl', self._workdir, str(error).splitlines()[0])
 
     def progress(self, text: str, *, is_lasting: bool) -> None:
         """Shows one line: on a terminal over the last one unless `is_lasting`; elsewhere only if it is."""
@@ -75,9 +86,13 @@ class Telemetry:
             return
         if self._live_width:
             self._stream.write('\n')
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._file.close()
         for writer in self._writers.values():
-            writer.close()
+            with contextlib.suppress(tf.errors.OpError):  # report() has said so
+                writer.close()
 
     def _writer(self, kind: str) -> tf.summary.SummaryWriter:
         if kind not in self._writers:
@@ -92,11 +107,27 @@ class Telemetry:
 def progress_line(*, step: int, num_steps: int, metrics: Mapping[str, float], eta_secs: float) -> str:
     """step, loss, top-1, img/s, data wait, time left: one line of fixed order."""
     hours, seconds = divmod(int(eta_secs), 3600)
-    bar = '#' * round(20 * step / num_steps)
-    return (f'[{bar:<20}] step {step}/{num_steps}  loss {metrics["train/loss"]:.3f}  '
+    return (f'[{"#" * round(20 * step / num_steps):<20}] step {step}/{num_steps}  loss {metrics["train/loss"]:.3f}  '
             f'top-1 {100 * metrics["train/top1"]:.1f} %  {metrics["train/images_per_sec"]:.0f} img/s  '
             f'data wait {100 * metrics["train/data_wait_fraction"]:.0f} %  '
             f'ETA {hours}:{seconds // 60:02d}:{seconds % 60:02d}')
+
+
+def train_metrics(sums: Mapping[str, float], learning_rate: float) -> dict[str, float]:
+    """What is reported of the sums that `step.make_train_loop` gives, and of their 'steps' and 'secs'."""
+    examples = sums['examples'] or math.nan  # none if every step was skipped
+    return {'train/loss': sums['loss'] / examples, 'train/top1': sums['top1'] / examples,
+            'train/learning_rate': learning_rate, 'train/images_per_sec': sums['seen'] / sums['secs'],
+            'train/data_wait_fraction': min(1.0, sums['data_wait_secs'] / sums['secs']),
+            'train/grad_norm': sums['grad_norm'] / max(sums['steps'] - sums['skipped'], 1),
+            'train/skipped_steps': sums['skipped']}
+
+
+def eval_line(step: int, results: Mapping[str, float], secs: float) -> str:
+    """What is shown of an evaluation."""
+    parts = [f'{kind} top-1 {100 * results[f"{kind}/top1"]:.2f} %  top-5 {100 * results[f"{kind}/top5"]:.2f} %  '
+             f'loss {results[f"{kind}/loss"]:.4f}' for kind in sorted({tag.split('/')[0] for tag in results})]
+    return f'step {step}  {"  ".join(parts)}  ({results["eval/examples"]} examples, {secs:.1f} s)'
 
 
 def read_reports(path: Path) -> list[tuple[str, dict]]:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from trainer.ema import ema_update
-from trainer.loss_scale import next_loss_scale
+from trainer.guard import next_guard
+from trainer.loss_scale import MIN_SCALE, next_loss_scale
 from trainer.optimizer import clip_adaptively, clip_by_global_norm
 from trainer.recipe import Train
 from trainer.state import Tensors, Values
@@ -12,20 +13,23 @@ from trainer.state import Tensors, Values
 
 def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
                 settings: Train) -> Callable[..., tuple[Values, tf.Tensor, tf.Tensor]]:
-    """Makes update(values, grads, new_stats, step) -> (values, is_finite, gradient norm).
+    """Makes update(values, grads, new_stats, loss, step) -> (values, is_taken, gradient norm).
 
-    A gradient or statistic that is not finite leaves all values but the loss scale as they are. update_fn is the
-    optimizer's, see optimizer.py; schedule: step -> learning rate.
+    A gradient, statistic or loss that is not finite, or whatever else guard.py refuses, leaves all values but the loss
+    scale and the guard as they are. update_fn is the optimizer's, see optimizer.py; schedule: step -> learning rate.
     """
     clip_norm, adaptive_clip = settings.clip_norm, settings.adaptive_clip
 
-    def update(values: Values, grads: Tensors, new_stats: Tensors, step: tf.Tensor):
-        params, batch_stats, slots, ema, loss_scale = values
+    def update(values: Values, grads: Tensors, new_stats: Tensors, loss: tf.Tensor, step: tf.Tensor):
+        params, batch_stats, slots, ema, loss_scale, guard = values
         if loss_scale:
             grads = {path: g / loss_scale['loss_scale'] for path, g in grads.items()}
         norm = tf.linalg.global_norm(list(grads.values()))
-        is_finite = tf.math.is_finite(norm) & tf.reduce_all([tf.reduce_all(tf.math.is_finite(s))
-                                                             for s in new_stats.values()])
+        is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(t)) for t in (norm, loss, *new_stats.values())])
+
+        is_searching = ~is_finite & (loss_scale['loss_scale'] > MIN_SCALE) if loss_scale else False
+        is_taken, new_guard = next_guard(guard, is_finite, norm, settings.spike_factor, settings.rollback_after,
+                                         is_searching)
 
         def take():
             clipped = grads if clip_norm is None else clip_by_global_norm(grads, norm, clip_norm)
@@ -35,7 +39,7 @@ def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
             return new_params, new_stats, new_slots, new_ema
 
         # All replicas see the same sums, so that all take the step or none does. No collective stands in the branches.
-        kept = tf.cond(is_finite, take, lambda: (params, batch_stats, slots, ema))
-        return Values(*kept, next_loss_scale(loss_scale, is_finite)), is_finite, norm
+        kept = tf.cond(is_taken, take, lambda: (params, batch_stats, slots, ema))
+        return Values(*kept, next_loss_scale(loss_scale, is_finite), new_guard), is_taken, norm
 
     return update

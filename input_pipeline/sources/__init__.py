@@ -5,12 +5,10 @@ import os
 from input_pipeline.sources.arrayrecord import open_arrayrecord
 from input_pipeline.sources.folder import open_folder
 from input_pipeline.sources.idx import open_idx
-from input_pipeline.sources.source import DataError, Source
+from input_pipeline.sources.source import IMAGE_STARTS, DataError, Source
 from input_pipeline.sources.tfrecord import open_tfrecord
 
 _OPENERS = {'tfrecord': open_tfrecord, 'arrayrecord': open_arrayrecord, 'folder': open_folder, 'idx': open_idx}
-# How the formats that a decoder exists for begin: JPEG, PNG, GIF, BMP.
-_IMAGE_STARTS = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM')
 
 
 def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) -> Source:
@@ -34,9 +32,9 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
     except OSError as error:
         raise DataError(f'{name} in {data_dir} cannot be read: {error}') from error
     # One bad file is masked in training; when all of the first are bad, these are not images at all.
-    if not any(encoded.startswith(_IMAGE_STARTS) for encoded in first):
-        raise DataError(f'{source.where(0)} is no JPEG, PNG, GIF or BMP image (it begins with {first[0][:8]!r}), nor '
-                        f'are the {len(first) - 1} examples after it')
+    if not any(encoded.startswith(IMAGE_STARTS) for encoded in first):
+        reason = source.problem(0) or f'no JPEG, PNG, GIF or BMP image, it begins with {first[0][:8]!r}'
+        raise DataError(f'{source.where(0)}: {reason}; nor can any of the {len(first) - 1} examples after it be used')
     return source
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from input_pipeline.sources.index_cache import cached_array
-from input_pipeline.sources.record_index import find_image_and_label
+from input_pipeline.sources.record_index import NO_LABEL, find_image_and_label
 from input_pipeline.sources.source import DataError, Source
-from input_pipeline.sources.tfrecord import IMAGE_KEY, LABEL_KEY, check_labels, find_shards, label_rule
+from input_pipeline.sources.tfrecord import IMAGE_KEY, LABEL_KEY, find_shards, label_rule
 
 _SUFFIX = '.array_record'
 
@@ -19,8 +19,8 @@ def open_arrayrecord(data_dir: str, split: str) -> Source:
         def build():
             # The classes are not known yet: any label is let through, and the rule looks at them all.
             everything = make_record_source(f'{split} of {data_dir}', paths, IMAGE_KEY, LABEL_KEY, range(1 << 31))
-            parts = np.array_split(np.arange(len(everything)), len(everything) // 256 + 1)
-            return np.concatenate([everything.read(part)[1] for part in parts])
+            examples = map(everything.__getitem__, range(len(everything)))
+            return np.array([label if image else NO_LABEL for image, label in examples], np.int64)
 
         return cached_array(paths, split + _SUFFIX, f'{IMAGE_KEY} {LABEL_KEY}', build)
 
@@ -42,17 +42,18 @@ def make_record_source(name: str, shards: Sequence, image_key: str, label_key: s
     def where(i):
         return f'{name} (record {i} of {len(records)})'
 
-    def read(indices):
-        images, labels = [], np.empty(len(indices), np.int64)
-        for row, i in enumerate(indices.tolist()):
-            try:
-                record = records[i]
-                offset, length, labels[row] = find_image_and_label(record, 0, len(record), *keys)
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise DataError(f'{where(i)}: {" ".join(str(error).split())}') from error
-            images.append(record[offset:offset + length])
-        labels -= first
-        check_labels(labels, len(class_names), name, f'the classes are 0..{len(class_names) - 1}')
-        return images, labels.astype(np.int32)
+    def load(i):
+        try:
+            record = records[i]
+            offset, length, label = find_image_and_label(record, *keys)
+        except (RuntimeError, ValueError, IndexError) as error:
+            return b'', 0, ' '.join(str(error).split())
+        if not 0 <= label - first < len(class_names):
+            return b'', 0, f'its label {label} is out of range'
+        return record[offset:offset + length], label - first, ''
 
-    return Source(name, len(records), class_names, read, where)
+    def read(indices):
+        images, labels, _ = zip(*map(load, indices.tolist()))
+        return list(images), np.array(labels, np.int32)
+
+    return Source(name, len(records), class_names, read, where, lambda i: load(int(i))[2])

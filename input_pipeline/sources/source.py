@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+# How the formats that a decoder exists for begin: JPEG, PNG, GIF, BMP.
+IMAGE_STARTS = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM')
+
 
 class DataError(Exception):
     """Data that are missing or are not what they should be; the message is one line and says what would be right."""
@@ -19,6 +22,7 @@ class Source:
       class_names: name of each label 0..num_classes-1.
       read: int64 [n] indices -> (n encoded images, int32 [n] labels). Any number of threads may call it at once.
       where: index -> file and record of that example, for messages.
+      problem: index -> why that example cannot be used whatever its image is, or ''. Its image is read as b''.
     """
 
     name: str
@@ -26,6 +30,7 @@ class Source:
     class_names: Sequence[str]
     read: Callable[[np.ndarray], tuple[list[bytes], np.ndarray]]
     where: Callable[[int], str]
+    problem: Callable[[int], str] = lambda index: ''
 
     @property
     def num_classes(self) -> int:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from input_pipeline.sources.record_index import load_record_index
+from input_pipeline.sources.record_index import NO_LABEL, load_record_index
 from input_pipeline.sources.source import DataError, Source
 
 _log = logging.getLogger(__name__)
 IMAGE_KEY, LABEL_KEY = 'image/encoded', 'image/class/label'
+MAX_BAD_LABELS = 0.1  # of a split; with more the whole set is another one
 
 
 def open_tfrecord(data_dir: str, split: str) -> Source:
@@ -33,13 +34,20 @@ def open_tfrecord(data_dir: str, split: str) -> Source:
 def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, class_names: Sequence[str],
                         first: int = 0) -> Source:
     """Source over shards with the index that `load_record_index` gave. `first`: class 0's label."""
-    labels = (index[:, 3] - first).astype(np.int32)
+    is_bad = out_of_range(index[:, 3] - first, len(class_names))
+    labels = np.where(is_bad, 0, index[:, 3] - first).astype(np.int32)
 
     def read(indices):
-        return [_read_span(paths[shard], offset, length)
-                for shard, offset, length, _ in index[indices].tolist()], labels[indices]
+        return [b'' if is_bad[i] else _read_span(paths[index[i, 0]], index[i, 1], index[i, 2])
+                for i in indices], labels[indices]
 
-    return Source(name, len(index), class_names, read, lambda i: f'{paths[index[i, 0]]} (image at byte {index[i, 1]})')
+    def problem(i):
+        if index[i, 3] == NO_LABEL:
+            return 'the checksum of its record is wrong'
+        return f'its label {index[i, 3]} is out of range' if is_bad[i] else ''
+
+    return Source(name, len(index), class_names, read,
+                  lambda i: f'{paths[index[i, 0]]} (image at byte {index[i, 1]})', problem)
 
 
 def _read_span(path: str, offset: int, length: int) -> bytes:
@@ -84,6 +92,7 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
     """
     rule_split = 'train' if 'train' in _list_shards(data_dir, suffix) else split
     rule_labels = labels if rule_split == split else load_labels(rule_split)
+    rule_labels = rule_labels[rule_labels != NO_LABEL]
     what = f'{rule_split} of {data_dir}'
     if not len(rule_labels):
         raise DataError(f'{what}: the shards hold no record')
@@ -96,9 +105,14 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
     return first, [str(i) for i in range(num_classes)]
 
 
+def out_of_range(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """bool [n]: which labels, counted from 0, are not in 0..num_classes-1."""
+    return (labels < 0) | (labels >= num_classes)
+
+
 def check_labels(labels: np.ndarray, num_classes: int, what: str, right: str) -> None:
-    """Raises DataError unless all of `labels` (counted from 0) are in 0..num_classes-1."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
+    """Raises DataError if so many labels (counted from 0) are out of range that these are not a few bad examples."""
+    wrong = np.flatnonzero(out_of_range(labels, num_classes) & (labels > NO_LABEL // 2))
+    if len(wrong) > MAX_BAD_LABELS * len(labels):
         raise DataError(f'{what}: {len(wrong)} of {len(labels)} labels are out of range (example {wrong[0]} is class '
                         f'{labels[wrong[0]]} counted from 0); {right}')

@@ -102,17 +102,16 @@ def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALI
     strategy = build_strategy('mirrored' if num_replicas > 1 else 'one_device', num_replicas)
     tf.distribute.MirroredStrategy._collective_key_base += 100_000
     settings = Train(epochs=1, global_batch_size=rows, model=network, optimizer=optimizer, schedule=lambda: None,
-                     precision=precision, ema_decay=ema_decay)
+                     precision=precision, ema_decay=ema_decay, accumulate=accumulate, label_smoothing=LABEL_SMOOTHING,
+                     clip_norm=clip_norm, adaptive_clip=adaptive_clip, sync_batch_norm=sync_batch_norm,
+                     all_reduce_dtype=all_reduce_dtype)
     model, state, update = build_model_and_state(settings, strategy, CLASSES)
     rng = np.random.default_rng(3)
     for path, variable in state.batch_stats.items():
         low, high = (-0.2, 0.2) if path.endswith('moving_mean') else (0.5, 2)
         variable.assign(rng.uniform(low, high, variable.shape).astype(np.float32))
-    loop = make_train_loop(strategy, model, state, normalize=normalize, update_fn=update,
-                           schedule=lambda step: tf.constant(0.1), global_batch_size=rows, seed=0,
-                           accumulate=accumulate, label_smoothing=LABEL_SMOOTHING, clip_norm=clip_norm,
-                           adaptive_clip=adaptive_clip, ema_decay=ema_decay, sync_batch_norm=sync_batch_norm,
-                           all_reduce_dtype=all_reduce_dtype, jit=jit)
+    loop = make_train_loop(strategy, model, state, settings, normalize=normalize, update_fn=update,
+                           schedule=lambda step: tf.constant(0.1), jit=jit)
     return Trainer(strategy, model, state, loop)
 
 

@@ -59,6 +59,23 @@ def write_tfrecords() -> Callable[..., None]:
     return write
 
 
+@pytest.fixture(scope='session')
+def write_arrayrecords() -> Callable[..., None]:
+    """write_arrayrecords(directory, split, examples, num_shards): the same as ArrayRecord, by its own writer."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    def write(directory, split, examples, num_shards=2, options='group_size:1'):
+        for shard in range(num_shards):
+            path = f'{directory}/{split}-{shard:05d}-of-{num_shards:05d}.array_record'
+            writer = ArrayRecordWriter(path, options)
+            for encoded, label in examples[shard * len(examples) // num_shards:
+                                           (shard + 1) * len(examples) // num_shards]:
+                writer.write(make_example(encoded, label).SerializeToString())
+            writer.close()
+
+    return write
+
+
 def make_example(encoded: bytes, label: int | None) -> tf.train.Example:
     """As the well-known ImageNet shards have it: other features stand around the two that are wanted."""
     def of_bytes(*values):

@@ -330,6 +330,14 @@ def test_after_a_fall_back_the_damaged_step_is_made_again(directory, caplog):
     assert caplog.records == []
 
 
+def test_after_a_fall_back_damaged_ones_of_later_steps_go_first(directory):
+    for step in (10, 20, 30):
+        save(directory, step)
+    flip_a_bit(directory / 'ckpt-00000030' / 'state.index')
+    checkpoint.save(directory, 25, variables_of(25), META, keep=2, periodic=10)
+    assert names(directory) == ['checkpoint', 'ckpt-00000020', 'ckpt-00000025']
+
+
 @pytest.mark.parametrize(
     ('change', 'words'),
     [

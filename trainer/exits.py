@@ -1,0 +1,26 @@
+"""How a process ends itself from any thread, whatever the others wait for. Lowest of all: every module may have to."""
+import os
+import sys
+from typing import NoReturn
+
+EXIT_STOPPED, EXIT_PEER_LOST = 42, 75
+
+
+def leave(message: str) -> NoReturn:
+    """One line, and the end of the process: whatever waits for the lost peer would wait for ever."""
+    end(EXIT_PEER_LOST, f'error: {message}; nothing new was saved: run the same command again')
+
+
+def end(code: int, message: str) -> NoReturn:
+    """Ends the process at once with this exit code."""
+    say(message)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def say(message: str) -> None:
+    """Prints a line to stderr, if anybody reads it."""
+    try:
+        print(f'\n{message}', file=sys.stderr, flush=True)
+    except OSError:  # who read it has ended, as `tee` does on Ctrl-C: nobody listens from here on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

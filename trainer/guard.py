@@ -1,0 +1,52 @@
+"""Which steps are taken: pure maths.
+
+Not those whose numbers are not finite, nor those whose gradient leaps. After too many of them in a row no step is taken
+any more, so that it makes no difference how many follow before the host comes to roll the run back.
+"""
+import tensorflow as tf
+
+Tensors = dict[str, tf.Tensor]
+
+MEAN_DECAY = 0.99  # of the mean norm that a leap is measured against
+MIN_NORMS = 20  # fewer are not enough to tell what is usual
+
+
+def init_guard(spike_factor: float | None, rollback_after: int | None) -> Tensors:
+    """Scalars: 'mean_norm' float32 and 'norms' int64, how many it is of; 'skips_in_a_row' and 'rollbacks' int64.
+
+    Nothing if both arguments are None.
+    """
+    if spike_factor is None and rollback_after is None:
+        return {}
+    zero = tf.constant(0, tf.int64)
+    return {'mean_norm': tf.constant(0.0), 'norms': zero, 'skips_in_a_row': zero, 'rollbacks': zero}
+
+
+def next_guard(guard: Tensors, is_finite: tf.Tensor, norm: tf.Tensor, spike_factor: float | None,
+               rollback_after: int | None, is_excused: tf.Tensor | bool = False) -> tuple[tf.Tensor, Tensors]:
+    """(whether the step is taken, the guard after it).
+
+    Args:
+        guard: what `init_guard` gives.
+        is_finite, norm: of the global gradient, bool and float32 scalars, the same on all replicas.
+        spike_factor: a norm above so many times the usual one is a leap.
+        rollback_after: how many skipped steps in a row are too many.
+        is_excused: bool scalar, whether the step, if it is skipped, is none of them: float16 looks for its loss scale.
+    """
+    if not guard:
+        return is_finite, {}
+    is_taken = is_finite
+    if spike_factor is not None:
+        is_taken &= (guard['norms'] < MIN_NORMS) | (norm <= spike_factor * guard['mean_norm'])
+    counts = tf.constant(1, tf.int64)
+    if rollback_after is not None:
+        is_halted = guard['skips_in_a_row'] >= rollback_after
+        is_taken &= ~is_halted
+        counts = tf.where(is_excused & ~is_halted, tf.constant(0, tf.int64), counts)
+    norms = guard['norms'] + 1
+    weight = tf.maximum(1 - MEAN_DECAY, 1 / tf.cast(norms, tf.float32))
+    mean = guard['mean_norm'] + weight * (norm - guard['mean_norm'])
+    return is_taken, {'mean_norm': tf.where(is_taken, mean, guard['mean_norm']),
+                      'norms': tf.where(is_taken, norms, guard['norms']),
+                      'skips_in_a_row': tf.where(is_taken, tf.constant(0, tf.int64), guard['skips_in_a_row'] + counts),
+                      'rollbacks': guard['rollbacks']}

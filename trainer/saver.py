@@ -1,0 +1,97 @@
+"""Saving beside the training: checkpoints are written in a thread, and what fails is tried again.
+
+Apart from checkpoint.py, which knows how one save is made whole, and not what happens when it cannot be.
+"""
+import logging
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from trainer import checkpoint
+from trainer.recipe import Train
+
+_RETRY_SECS = 5.0  # between two attempts
+
+
+class SaveError(Exception):
+    """Nothing could be saved for too long."""
+
+
+class Saver:
+    """Saves the variables of a run, by the names they are stored under, to `directory`.
+
+    Where that is None nothing is saved: of many workers one does. A disk that is full or cannot be written does not
+    stop the training until it has lasted for train.save_retry_secs; then it is a SaveError.
+    """
+
+    def __init__(self, directory: Path | None, variables: Mapping[str, tf.Variable], settings: Train):
+        self._directory, self._variables = directory, variables
+        self._every_secs = settings.checkpoint_every_secs or math.inf
+        self._retry_secs = settings.save_retry_secs
+        self._retention = {'keep': settings.keep_checkpoints, 'keep_every': settings.keep_every_steps,
+                           'periodic': settings.checkpoint_every_steps}
+        self._pool = ThreadPoolExecutor(1, 'saver')
+        self._job: Future | None = None
+        self._failing_since, self._tried_at = math.inf, time.monotonic()
+
+    def save(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Starts to save the values of now; waits first for the save before it."""
+        if self._directory is None:
+            return
+        self._collect()
+        self._arguments = self._directory, step, {name: v.numpy() for name, v in self._variables.items()}, meta
+        self._submit()
+
+    def is_due(self) -> bool:
+        """Whether the clock wants a save or the last one has failed. Raises SaveError if none succeeds for too long."""
+        if self._job and self._job.done():
+            self._collect()
+        every_secs = self._every_secs if self._failing_since == math.inf else min(_RETRY_SECS, self._every_secs)
+        return self._directory is not None and time.monotonic() - self._tried_at >= every_secs
+
+    def finish(self, secs: float) -> None:
+        """Waits until the last save is committed, trying again for at most `secs`. Raises SaveError."""
+        self._retry_secs = min(secs, self._retry_secs)
+        self._failing_since = max(self._failing_since, time.monotonic())  # infinite, or counted anew
+        self._collect()
+        while self._failing_since < math.inf:
+            time.sleep(1.0)
+            self._submit()
+            self._collect()
+
+    def _submit(self) -> None:
+        self._tried_at = time.monotonic()
+        self._job = self._pool.submit(checkpoint.save, *self._arguments, **self._retention)
+
+    def _collect(self) -> None:
+        job, self._job = self._job, None
+        try:
+            if job:
+                job.result()
+                self._failing_since = math.inf
+        except (OSError, tf.errors.OpError) as error:
+            now = time.monotonic()
+            self._failing_since = min(self._failing_since, now)
+            reason = str(error).splitlines()[0]
+            if now - self._failing_since >= self._retry_secs:
+                raise SaveError(f'nothing could be saved in {self._directory} for {now - self._failing_since:.0f} s '
+                                f'(train.save_retry_secs): {reason}') from error
+            logging.warning('CANNOT SAVE in %s: %s; training goes on and tries again, for at most %g s',
+                            self._directory, reason, self._retry_secs)
+
+
+def keep_best(directory: Path, step: int, results: Mapping[str, float], variables: Mapping[str, tf.Variable],
+              meta: Mapping[str, Any]) -> None:
+    """Keeps one checkpoint, that of the best top-1; averaged weights count where they are kept."""
+    tag = 'eval_ema/top1' if 'eval_ema/top1' in results else 'eval/top1'
+    whole = [path for path in checkpoint.list_checkpoints(directory) if not checkpoint.find_damage(path)]
+    if not whole or results[tag] > checkpoint.read_meta(whole[-1])['metrics'][tag]:
+        try:
+            checkpoint.save(directory, step, variables, meta={**meta, 'metrics': dict(results)}, keep=1)
+        except (OSError, tf.errors.OpError) as error:
+            logging.warning('CANNOT SAVE the best checkpoint in %s: %s', directory, str(error).splitlines()[0])
