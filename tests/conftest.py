@@ -1,4 +1,4 @@
-"""Small data sets and recipes, and the command in a process of its own."""
+"""Small data sets and recipes, the command in a process of its own, and four logical CPUs for replicas."""
 
 import hashlib
 import os
@@ -9,7 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
+
+# Four logical CPUs, for the tests with replicas: once for the process, and before anything starts TensorFlow.
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0],
+                                           [tf.config.LogicalDeviceConfiguration()] * 4)
+tf.config.list_logical_devices()
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # As many classes as examples of `folder_recipe` need, at the smallest width and size that still run every layer.

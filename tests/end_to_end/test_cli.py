@@ -4,9 +4,12 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 from absl import flags
+from workdir_reader import tensors
 
+import ghostnet
 from input_pipeline import order
 from trainer import checkpoint
 from trainer.main import main
@@ -177,6 +180,78 @@ def test_an_evaluation_file_that_is_no_image_is_named(command, trained, tmp_path
     assert_refused(command(f'--gin_file={recipe}', f'--data_dir={data_dir}', f'--workdir={trained}', '--mode=eval'),
                    bad, f'1 of the {NUM_EVAL}')
     assert snapshot(trained) == before
+
+
+def test_a_few_bad_files_are_masked_named_and_counted(command, tmp_path, make_folder, recipe):
+    data_dir, workdir = make_folder(tmp_path / 'data'), tmp_path / 'work'
+    files = {split: sorted((data_dir / split).rglob('*.jpg')) for split in ('train', 'validation')}
+    files['train'][17].write_bytes(b'')
+    files['train'][30].write_bytes(files['train'][30].read_bytes()[:300])
+    files['validation'][4].write_text('no image\n')
+    flags_ = [f'--gin_file={recipe}', f'--data_dir={data_dir}', f'--workdir={workdir}',
+              '--gin_param=train.bad_example_budget=0.05']
+    code, _, stderr = command(*flags_, '--gin_param=train.max_steps=6')
+    assert code == 0, stderr
+    found = [json.loads(line) for line in (workdir / 'bad_examples.jsonl').read_text().splitlines()]
+    assert {(entry['source'], entry['index']) for entry in found} == {
+        (f'folder {data_dir / "train"}', 17), (f'folder {data_dir / "train"}', 30),
+        (f'folder {data_dir / "validation"}', 4)}
+    assert {entry['index']: 'empty' in entry['reason'] for entry in found} == {17: True, 30: False, 4: False}
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    assert lines[-1]['eval/examples'] == NUM_EVAL - 1
+    assert [line['train/bad_examples'] for line in lines if 'train/bad_examples' in line][-1] == 2
+    assert str(files['train'][17]) in stderr and 'example 17' in stderr
+    # The same run again, from its checkpoint: they are known, and not written twice.
+    before = (workdir / 'bad_examples.jsonl').read_text()
+    code, _, stderr = command(*flags_, '--gin_param=train.max_steps=12')
+    assert code == 0, stderr
+    assert (workdir / 'bad_examples.jsonl').read_text() == before
+    code, stdout, stderr = command(*flags_, '--mode=eval')
+    assert code == 0 and json.loads(stdout)['eval/examples'] == NUM_EVAL - 1, stderr
+    # Fewer are allowed than there are.
+    assert_refused(command(*flags_, '--gin_param=train.bad_example_budget=0.01'), 'train.bad_example_budget = 0.01')
+
+
+# Weights to start from
+
+def test_a_new_run_starts_from_the_weights_of_another(command, tmp_path, trained, folder, recipe, snapshot):
+    before, weights = snapshot(trained), trained / 'checkpoints' / 'ckpt-00000006'
+    code, _, stderr = command(  # the first step's rate is zero
+        f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "work"}',
+        '--gin_param=train.max_steps=1', '--gin_param=ghostnet.num_classes=6', '--gin_param=train.ema_decay=0.9',
+        f"--gin_param=train.initial_weights='{weights}'")
+    assert code == 0, stderr
+    (said,) = (line for line in stderr.splitlines() if str(weights) in line and 'start from' in line)
+    assert 'other shape params/classifier/bias, params/classifier/kernel' in said and 'missing none' in said
+    values, others = tensors(tmp_path / 'work'), tensors(trained)
+    assert values['step'] == 1 and values['position'] == 8
+    for name, value in others.items():
+        if name.startswith('params/') and 'classifier' not in name:
+            np.testing.assert_array_equal(values[name], value, err_msg=name)
+            np.testing.assert_array_equal(values[f'ema/{name[7:]}'], value, err_msg=name)
+    assert values['params/classifier/bias'].shape == (6,)
+    assert snapshot(trained) == before
+
+
+def test_a_new_run_starts_from_a_pytorch_file(command, tmp_path, folder, recipe):
+    state = ghostnet.to_pytorch_state_dict(ghostnet.GhostNet(9, 0.25))
+    np.savez(tmp_path / 'weights.npz', **state)
+    code, _, stderr = command(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "work"}',
+                              '--gin_param=train.max_steps=1',
+                              f"--gin_param=train.initial_weights='{tmp_path / 'weights.npz'}'")
+    assert code == 0, stderr
+    assert 'classifier.weight' in stderr
+    kernel = tensors(tmp_path / 'work')['params/stem/conv/kernel']
+    np.testing.assert_array_equal(kernel.transpose(3, 2, 0, 1), state['conv_stem.weight'])
+
+
+@pytest.mark.parametrize('name', ['nowhere.npz', 'nowhere', 'nothing.txt'])
+def test_weights_that_are_none(command, tmp_path, folder, recipe, name):
+    (tmp_path / 'nothing.txt').write_text('no weights')
+    assert_refused(command(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "work"}',
+                           f"--gin_param=train.initial_weights='{tmp_path / name}'"),
+                   'train.initial_weights', tmp_path / name)
+    assert not (tmp_path / 'work').exists()
 
 
 # What the modes print

@@ -46,10 +46,10 @@ long_test = pytest.mark.skipif(not os.environ.get('LONG_TESTS'), reason='takes m
 
 @pytest.fixture
 def start_workers(start, recipe, folder, tmp_path):
-    """start_workers(*flags, workdirs=[...]) -> the processes of two workers of one run; none is left behind."""
+    """start_workers(*flags, workdirs=, own=) -> the processes of two workers of one run; none is left behind."""
     started = []
 
-    def start_(*flags, workdirs=(tmp_path / 'run',) * 2):
+    def start_(*flags, workdirs=(tmp_path / 'run',) * 2, own=((), ())):
         sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]
         addresses = [f'127.0.0.1:{each.getsockname()[1]}' for each in sockets]
         for each in sockets:
@@ -57,7 +57,7 @@ def start_workers(start, recipe, folder, tmp_path):
         for index, workdir in enumerate(workdirs):
             started.append(start(f'--gin_file={recipe}', '--gin_file=gin/hardware/multi_worker.gin', *SETTINGS,
                                  f'--data_dir={folder}', f'--workdir={workdir}', f'--workers={",".join(addresses)}',
-                                 f'--worker_index={index}', *flags))
+                                 f'--worker_index={index}', *flags, *own[index]))
         return started[-2:]
 
     yield start_
@@ -188,15 +188,17 @@ def test_any_number_of_replicas_computes_what_one_device_does(who, start_workers
 
 @long_test
 def test_a_run_goes_on_with_another_number_of_workers(start_workers, reference, run, recipe, folder, tmp_path):
-    """1 -> 2 workers; the stream of examples and, with synchronised statistics, the curve stay the same."""
+    """1 -> 2 -> 1 workers; the stream of examples and, with synchronised statistics, the curve stay the same."""
     workdir = tmp_path / 'run'
     flags = (*SYNCHRONISED, *ONE_THREAD)
     first = run(f'--gin_file={recipe}', *SETTINGS, *flags, f'--data_dir={folder}', f'--workdir={workdir}',
-                '--gin_param=train.max_steps=10')
+                '--gin_param=train.max_steps=7')
     assert first.returncode == 0, first.stderr
-    results = finish(start_workers(*flags))
+    results = finish(start_workers(*flags, '--gin_param=train.max_steps=14'))
     assert [code for code, _ in results] == [0, 0], results
     assert 'resuming from' in results[0][1] and 'num_replicas was 1, is 2' in results[0][1]
+    last = run(f'--gin_file={recipe}', *SETTINGS, *flags, f'--data_dir={folder}', f'--workdir={workdir}')
+    assert last.returncode == 0 and 'num_replicas was 2, is 1' in last.stderr, last.stderr
     whole = tensors(reference(*flags))
     resumed = tensors(workdir)
     assert resumed['position'] == whole['position']
@@ -235,6 +237,40 @@ def test_a_signal_to_one_worker_stops_all_at_the_same_step(start_workers, tmp_pa
     assert [code for code, _ in results] == [42, 42], results
     steps = [re.search(r'stopped at step (\d+) of', stderr)[1] for _, stderr in results]
     assert steps[0] == steps[1] and tensors(tmp_path / 'run', int(steps[0]))['step'] == int(steps[0])
+
+
+def test_a_worker_that_does_not_come_is_named(start, recipe, folder, tmp_path):
+    with socket.create_server(('127.0.0.1', 0)) as one, socket.create_server(('127.0.0.1', 0)) as other:
+        addresses = [f'127.0.0.1:{each.getsockname()[1]}' for each in (one, other)]
+    common = (f'--gin_file={recipe}', '--gin_file=gin/hardware/multi_worker.gin', f'--data_dir={folder}',
+              f'--workdir={tmp_path / "run"}', f'--workers={",".join(addresses)}')
+    late, waiting = (start(*common, f'--worker_index={index}', f'--gin_param=build_strategy.timeout_secs={secs}')
+                     for index, secs in ((0, 3), (1, 300)))
+    waiting.send_signal(signal.SIGSTOP)  # as if it had not been started
+    _, stderr = late.communicate(timeout=60)
+    assert late.returncode == 75, stderr
+    assert f'worker 1 ({addresses[1]}) did not come within build_strategy.timeout_secs = 3' in stderr.splitlines()[-1]
+    waiting.send_signal(signal.SIGCONT)
+    while 'workdir' not in waiting.stderr.readline():
+        pass
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(timeout=60) == 42
+    assert not (tmp_path / 'run').exists()
+
+
+@long_test
+def test_a_late_worker_is_waited_for_and_one_of_another_recipe_is_refused(start_workers, tmp_path):
+    first, second = start_workers('--gin_param=train.max_steps=4')
+    second.send_signal(signal.SIGSTOP)
+    time.sleep(15)
+    second.send_signal(signal.SIGCONT)
+    assert_finished([first, second])
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+    (code, _), (other_code, stderr) = finish(start_workers(
+        f'--gin_param=build_strategy.timeout_secs={TIMEOUT_SECS}', own=((), ('--gin_param=sgd.momentum=0.8',))))
+    assert (code, other_code) == (75, 2)
+    assert 'was started with another recipe than worker 0' in stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
 
 
 @long_test
