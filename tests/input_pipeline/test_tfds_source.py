@@ -177,6 +177,24 @@ def test_a_split_without_labels(tmp_path, images, file_format):
     assert_data_error(['test', 'out of range', ' -1 '], 'tfds:three_forms', tmp_path, 'test')
 
 
+@pytest.mark.parametrize('file_format', ['tfrecord', 'array_record'])
+def test_images_that_are_none_are_masked(tmp_path, images, file_format):
+    bad = images.copy()
+    for index, encoded in ((3, b''), (11, images[11][0][:200]), (30, b'<html>')):
+        bad[index] = encoded, images[index][1]
+    streams = []
+    for name, examples in (('good', images), ('bad', bad)):
+        prepare(tmp_path / name, {'train': as_tfds(examples)}, file_format)
+        source = input_pipeline.open_source('tfds:three_forms', tmp_path / name, 'train')
+        dataset = input_pipeline.train_dataset(source, global_batch_size=11, image_size=24)
+        batches = [{key: x.numpy() for key, x in batch.items()} for batch in itertools.islice(dataset, 3)]
+        streams.append({key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]})
+    is_bad = np.isin(streams[1]['index'], [3, 11, 30])
+    np.testing.assert_array_equal(streams[1]['mask'], ~is_bad)
+    for key in ('image', 'label', 'index'):
+        np.testing.assert_array_equal(streams[1][key][~is_bad], streams[0][key][~is_bad])
+
+
 def test_a_shard_that_is_not_the_prepared_one(tmp_path, images):
     prepare(tmp_path, {'train': as_tfds(images)})
     (shard,) = (tmp_path / 'three_forms' / '1.2.0').glob('*.tfrecord-00001-of-00003')
