@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A pip that "installs" linters which find nothing.
 PIP_WITH_LINTERS = f'for tool in ruff shellcheck; do cp {shutil.which("true")} "${{0%/*}}/$tool"; done'
 
+IN_TWO_PROCESSES = ['--numprocesses=2', '--dist=loadfile']
 both_scripts = pytest.mark.parametrize('script', ['launch/local.sh', 'launch/test.sh'])
 
 
@@ -239,7 +240,7 @@ def test_test_sh_lints_counts_and_tests(linted):
     result = linted.run('launch/test.sh', '-x', 'tests/a b.py')
     assert result.returncode == 0
     assert '4999 lines' in result.stdout
-    assert result.stdout.splitlines()[-4:] == ['-m', 'pytest', '-x', 'tests/a b.py']
+    assert result.stdout.splitlines()[-6:] == ['-m', 'pytest', *IN_TWO_PROCESSES, '-x', 'tests/a b.py']
 
 
 def test_test_sh_refuses_a_system_too_large_to_read(linted):
@@ -264,7 +265,7 @@ def test_ci_makes_a_fresh_environment_and_removes_it(checkout, tmp_path):
     scratch.mkdir()
     result = checkout.run('.ci/run', '-x', cwd=tmp_path, TMPDIR=str(scratch), CI='true')
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-3:] == ['-m', 'pytest', '-x']
+    assert result.stdout.splitlines()[-5:] == ['-m', 'pytest', *IN_TWO_PROCESSES, '-x']
     assert f'installing into {scratch}' in result.stderr
     assert list(scratch.iterdir()) == []
     assert not checkout.venv.exists()
