@@ -8,7 +8,7 @@ import pytest
 from input_pipeline import order
 
 
-@pytest.mark.parametrize('n', [1, 2, 37, 10_000])
+@pytest.mark.parametrize('n', [1, 2, 37, 10_000, 1_281_167])
 def test_each_example_once(n):
     np.testing.assert_array_equal(np.sort(order.permutation(3, 5, n)), np.arange(n))
     assert order.permutation(3, 5, n).dtype == np.int64
@@ -47,7 +47,7 @@ def test_each_example_is_equally_likely_after_each_other():
 
 
 def test_neighbours_and_epochs_are_uncorrelated():
-    n = 200_000
+    n = 1_281_167  # of ImageNet
     first, second = (order.permutation(5, epoch, n).astype(float) for epoch in (0, 1))
     for a, b in [(first[1:], first[:-1]), (first, second), (first, np.arange(n)), (first, order.permutation(6, 0, n))]:
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(n)
