@@ -181,7 +181,9 @@ def test_a_worker_killed_from_outside_is_a_crash(checkout):
     result = checkout.run(SCRIPT, '--workers=2', *QUICK)
     assert result.returncode == 1
     assert 'worker 0 ended with exit code 137' in result.stderr
-    assert all(line.startswith('multi_worker.sh: ') for line in result.stderr.splitlines()[1:])
+    # Beside them the shell's own line on the process that was killed, which comes when it comes.
+    others = [line for line in result.stderr.splitlines() if not line.startswith('multi_worker.sh: ')]
+    assert len(others) <= 1 and all('Killed' in line for line in others), result.stderr
 
 
 def test_what_a_worker_left_running_ends_with_it(checkout, log):
