@@ -33,8 +33,10 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
         raise DataError(f'{name} in {data_dir} cannot be read: {error}') from error
     # One bad file is masked in training; when all of the first are bad, these are not images at all.
     if not any(encoded.startswith(IMAGE_STARTS) for encoded in first):
-        reason = source.problem(0) or f'no JPEG, PNG, GIF or BMP image, it begins with {first[0][:8]!r}'
-        raise DataError(f'{source.where(0)}: {reason}; nor can any of the {len(first) - 1} examples after it be used')
+        if problem := source.problem(0):
+            raise DataError(f'{source.where(0)}: {problem}; nor can any of the {len(first) - 1} after it be used')
+        raise DataError(f'{source.where(0)} is no JPEG, PNG, GIF or BMP image (it begins with {first[0][:8]!r}), nor '
+                        f'are the {len(first) - 1} examples after it')
     return source
 
 

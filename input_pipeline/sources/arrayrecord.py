@@ -49,7 +49,7 @@ def make_record_source(name: str, shards: Sequence, image_key: str, label_key: s
         except (RuntimeError, ValueError, IndexError) as error:
             return b'', 0, ' '.join(str(error).split())
         if not 0 <= label - first < len(class_names):
-            return b'', 0, f'its label {label} is out of range'
+            return b'', 0, f'labels are out of range: this is class {label - first} counted from 0'
         return record[offset:offset + length], label - first, ''
 
     def read(indices):

@@ -44,7 +44,7 @@ def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, clas
     def problem(i):
         if index[i, 3] == NO_LABEL:
             return 'the checksum of its record is wrong'
-        return f'its label {index[i, 3]} is out of range' if is_bad[i] else ''
+        return f'labels are out of range: this is class {index[i, 3] - first} counted from 0' if is_bad[i] else ''
 
     return Source(name, len(index), class_names, read,
                   lambda i: f'{paths[index[i, 0]]} (image at byte {index[i, 1]})', problem)

@@ -169,8 +169,8 @@ def test_records_with_a_wrong_checksum_or_label(tmp_path, good, write_tfrecords,
     assert {index for _, index in told} == {4, 20, 31}
     for key in ('image', 'label', 'index'):
         np.testing.assert_array_equal(found[key][~is_bad], wanted[key][~is_bad])
-    assert 'label 4 is out of range' in input_pipeline.why_bad(sources[1], 20)
-    assert 'label 0 is out of range' in input_pipeline.why_bad(sources[1], 31)
+    assert 'labels are out of range: this is class 3 counted from 0' in input_pipeline.why_bad(sources[1], 20)
+    assert 'labels are out of range: this is class -1 counted from 0' in input_pipeline.why_bad(sources[1], 31)
     assert input_pipeline.why_bad(sources[1], 4)
 
 

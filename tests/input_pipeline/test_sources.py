@@ -290,7 +290,7 @@ def test_files_that_are_no_images_are_refused(tmp_path):
         path = tmp_path / 'train' / 'a' / f'{i:02d}.jpg'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b'<html>not found</html>')
-    assert_data_error([tmp_path / 'train' / 'a' / '00.jpg', 'no JPEG'], 'folder', tmp_path)
+    assert_data_error([tmp_path / 'train' / 'a' / '00.jpg', 'is no JPEG'], 'folder', tmp_path)
 
 
 # idx and arrays

@@ -174,7 +174,7 @@ def test_keys_come_from_the_types_when_nothing_says_which(tmp_path, images):
 def test_a_split_without_labels(tmp_path, images, file_format):
     unlabelled = [(encoded, -1) for encoded, _ in images[:3]]
     prepare(tmp_path, {'train': as_tfds(images), 'test': as_tfds(unlabelled)}, file_format)
-    assert_data_error(['test', 'out of range', ' -1 '], 'tfds:three_forms', tmp_path, 'test')
+    assert_data_error(['test', 'labels are out of range', 'class -1'], 'tfds:three_forms', tmp_path, 'test')
 
 
 @pytest.mark.parametrize('file_format', ['tfrecord', 'array_record'])
