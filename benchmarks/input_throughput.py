@@ -1,0 +1,212 @@
+"""How many images a second input_pipeline delivers, beside other ways to feed a network, on this machine's CPU.
+
+    python benchmarks/input_throughput.py --other_python=torch-env/bin/python [--augment=rand]
+
+All read the same JPEGs (input_throughput_others.py says how they and the other environment are made) from TFRecord
+shards or a folder that the system has in memory; take a random part of 0.08 to 1 of the area and 3/4 to 4/3 in aspect;
+resize it bilinearly to --image_size; mirror half of the images; and leave batches of 128 in uint8 in host memory, read
+ahead. All use as many threads or worker processes as there are cores. They take turns, see turns.py. What differs:
+  ours                     train_dataset: exact inverse DCT, fancy upsampling, not antialiased; any position, in order
+  plain tf.data            sequential TFRecords as the guides of TensorFlow say: interleaved shards, a shuffle buffer of
+                           1,000, AUTOTUNE, order not kept; not antialiased, fast inverse DCT. Its windows come from
+                           sample_distorted_bounding_box: 0.37 of the area on the average, all others' 0.43
+  ..., uniform windows     the same with windows as all others
+  DALI                     told not to antialias and to take the fast inverse DCT; reads the folder
+  DALI, its defaults       antialiased, exact inverse DCT
+  torchvision v2           decode_image to tensors, antialiased by default; and not antialiased. Decodes whole images
+  torchvision v1, PIL      ImageFolder as it is: antialiased, decodes whole images
+  bare decoding            whole images from memory, each into the same buffer; nothing else
+  bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, in a map over bytes in memory; nothing else
+With --augment=rand, RandAugment of two operations at magnitude 9 of 30 on top: warps are interpolated linearly by DALI
+and to the nearest pixel by torchvision. Those that have none drop out; 'ours, no augmentation' says what it costs.
+
+Needs the machine for itself: about 10 s a contestant and round. Prints a JSON object for each contestant and measurement
+('mean' of the first pixels tells that all see the same images; 'cores_used' near the number of cores that nothing else
+took them), then a table and one JSON object with the medians and what ours has of each one's rate, by rounds.
+"""
+import argparse
+import functools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from turns import serve, take_turns
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH = 128
+NUM_SHARDS = 8
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+OTHERS = Path(__file__).with_name('input_throughput_others.py')
+
+
+def write_shards(folder: Path, shard_dir: Path) -> None:
+    """The images of folder/<class>/ in mixed order as train-?????-of-????? with labels from 1."""
+    import tensorflow as tf
+
+    paths = sorted(folder.glob('*/*.JPEG'))
+    labels = {name: 1 + i for i, name in enumerate(sorted({path.parent.name for path in paths}))}
+    random.Random(0).shuffle(paths)
+    partial = shard_dir.with_name(shard_dir.name + '.partial')
+    partial.mkdir(exist_ok=True)
+    for shard in range(NUM_SHARDS):
+        with tf.io.TFRecordWriter(str(partial / f'train-{shard:05d}-of-{NUM_SHARDS:05d}')) as writer:
+            for path in paths[shard::NUM_SHARDS]:
+                image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[path.read_bytes()]))
+                label = tf.train.Feature(int64_list=tf.train.Int64List(value=[labels[path.parent.name]]))
+                features = tf.train.Features(feature={'image/encoded': image, 'image/class/label': label})
+                writer.write(tf.train.Example(features=features).SerializeToString())
+    partial.rename(shard_dir)
+
+
+def ours(shard_dir: Path, image_size: int, augment: str) -> Iterator:
+    """This project's."""
+    import input_pipeline
+
+    settings = {'augment': input_pipeline.make_rand_augment()} if augment == 'rand' else {}
+    source = input_pipeline.open_source('tfrecord', str(shard_dir), 'train')
+    for batch in input_pipeline.train_dataset(source, global_batch_size=BATCH, image_size=image_size, **settings):
+        yield batch['image']
+
+
+def plain(shard_dir: Path, image_size: int, augment: str, *, uniform_windows: bool = False) -> Iterator:
+    """tf.data with the means of TensorFlow alone, but for `uniform_windows`."""
+    import tensorflow as tf
+
+    from input_pipeline.preprocess import crop_window
+
+    def choose_window(shape):
+        if uniform_windows:
+            return crop_window(tf.random.uniform([22]), shape[0], shape[1], SCALE, RATIO)
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), min_object_covered=0.0, area_range=SCALE,
+            aspect_ratio_range=RATIO, max_attempts=10, use_image_if_no_bounding_boxes=True)
+        return tf.concat([begin[:2], size[:2]], 0)
+
+    def to_example(record):
+        features = tf.io.parse_single_example(record, {'image/encoded': tf.io.FixedLenFeature([], tf.string),
+                                                       'image/class/label': tf.io.FixedLenFeature([], tf.int64)})
+        encoded = features['image/encoded']
+        window = choose_window(tf.image.extract_jpeg_shape(encoded))
+        image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3, dct_method='INTEGER_FAST')
+        image = tf.cast(tf.image.resize(image, [image_size, image_size]) + 0.5, tf.uint8)
+        return tf.image.random_flip_left_right(image), features['image/class/label'] - 1
+
+    dataset = tf.data.Dataset.list_files(str(shard_dir / 'train-*-of-*')).repeat()
+    dataset = dataset.interleave(tf.data.TFRecordDataset, num_parallel_calls=tf.data.AUTOTUNE, deterministic=False)
+    dataset = dataset.shuffle(1000).map(to_example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=False)
+    for images, _ in dataset.batch(BATCH, drop_remainder=True).prefetch(tf.data.AUTOTUNE):
+        yield images
+
+
+def crop_and_decode(shard_dir: Path, image_size: int, augment: str) -> Iterator:
+    """Yields the top left pixels of the windows of the first four epochs, again and again."""
+    import numpy as np
+    import tensorflow as tf
+
+    import input_pipeline
+    from input_pipeline.preprocess import crop_window
+
+    source = input_pipeline.open_source('tfrecord', str(shard_dir), 'train')
+    encoded, _ = source.read(np.arange(len(source)))
+    keys = [[input_pipeline.order.epoch_key(0, epoch), i] for epoch in range(4) for i in range(len(source))]
+
+    @functools.partial(tf.map_fn, elems=(tf.constant(keys, tf.int64), tf.constant(encoded * 4)),
+                       fn_output_signature=tf.int32)
+    def windows(elements):
+        seed, image = elements
+        height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(image))
+        return crop_window(tf.random.stateless_uniform([22], seed), height, width, SCALE, RATIO)
+
+    # Only one pixel leaves the map: handing each image to Python would cost more than some of them take to decode.
+    images = tf.data.Dataset.from_tensor_slices(encoded).repeat()
+    dataset = tf.data.Dataset.zip(images, tf.data.Dataset.from_tensor_slices(windows).repeat()).map(
+        lambda image, window: tf.image.decode_and_crop_jpeg(image, window, 3, dct_method='INTEGER_ACCURATE')[0, 0],
+        num_parallel_calls=len(os.sched_getaffinity(0)), deterministic=False)
+    yield from dataset.batch(BATCH).prefetch(2)
+
+
+# name -> (what makes its batches, changed settings, whether it is there with RandAugment as well)
+CONTESTANTS = {
+    'ours': (ours, {}, True),
+    'ours, no augmentation': (ours, {'augment': 'none'}, True),
+    'ours, 128 px': (ours, {'image_size': 128}, True),
+    'plain tf.data': (plain, {}, False),
+    'plain tf.data, uniform windows': (plain, {'uniform_windows': True}, False),
+    'bare crop and decode': (crop_and_decode, {}, False),
+}
+
+
+def compare(flags: argparse.Namespace) -> None:
+    """Makes the data where they are missing, measures, prints."""
+    from input_throughput_others import CONTESTANTS as OTHER_CONTESTANTS
+
+    folder, shard_dir = flags.data_dir / 'folder' / 'train', flags.data_dir / 'tfrecord'
+    if not folder.is_dir():
+        subprocess.run([flags.other_python, OTHERS, f'--make_images={folder}'], check=True)
+    if not shard_dir.is_dir():
+        write_shards(folder, shard_dir)
+    sizes = [path.stat().st_size for path in folder.rglob('*.JPEG')]
+
+    is_rand = flags.augment == 'rand'
+    programs = {name: (sys.executable, __file__, in_both) for name, (_, _, in_both) in CONTESTANTS.items()}
+    programs |= {name: (flags.other_python, OTHERS, in_both) for name, (_, _, in_both) in OTHER_CONTESTANTS.items()}
+    if not is_rand:
+        del programs['ours, no augmentation']
+    commands = {name: [python, str(script), f'--contestant={name}', f'--data_dir={flags.data_dir}',
+                       f'--image_size={flags.image_size}', f'--augment={flags.augment}']
+                for name, (python, script, in_both) in programs.items() if in_both or not is_rand}
+    rates, cores, versions = {name: [] for name in commands}, {name: [] for name in commands}, {}
+    for report in take_turns(commands, flags.rounds, flags.secs):
+        print(json.dumps(report), flush=True)
+        versions |= report.get('versions', {})
+        if 'images_per_sec' in report:
+            rates[report['contestant']].append(report['images_per_sec'])
+            cores[report['contestant']].append(report['cores_used'])
+
+    summary = {name: {'median': statistics.median(each), 'min': min(each), 'max': max(each),
+                      'cores_used': statistics.median(cores[name]), 'ours_by_it': round(
+                          statistics.median(a / b for a, b in zip(rates['ours'], each, strict=True)), 3)}
+               for name, each in rates.items()}
+    print(f'{"images a second":34}{"median":>8}{"min":>8}{"max":>8}{"cores":>8}{"ours / it":>11}')
+    for name, row in summary.items():
+        print(f'{name:34}{row["median"]:8.0f}{row["min"]:8.0f}{row["max"]:8.0f}{row["cores_used"]:8.2f}'
+              f'{row["ours_by_it"]:11.2f}')
+    print(json.dumps({'num_cores': len(os.sched_getaffinity(0)), 'rounds': flags.rounds, 'secs': flags.secs,
+                      'image_size': flags.image_size, 'augment': flags.augment, 'num_images': len(sizes),
+                      'mean_kb': round(statistics.mean(sizes) / 1e3, 1), 'versions': versions,
+                      'images_per_sec': summary}))
+
+
+def main() -> None:
+    """Reads the flags; compares, or serves as one contestant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--other_python', help='the Python that has torchvision, DALI, simplejpeg')
+    parser.add_argument('--data_dir', type=Path, default=Path(tempfile.gettempdir()) / 'input_throughput')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--secs', type=float, default=6.0, help='of a measurement')
+    parser.add_argument('--image_size', type=int, default=224)
+    parser.add_argument('--augment', choices=('none', 'rand'), default='none')
+    parser.add_argument('--contestant', choices=CONTESTANTS, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    sys.path.insert(0, str(ROOT))
+    if flags.contestant:
+        import tensorflow as tf
+
+        make, changed, _ = CONTESTANTS[flags.contestant]
+        settings = {'image_size': flags.image_size, 'augment': flags.augment} | changed
+        serve(make(flags.data_dir / 'tfrecord', **settings), versions={'tensorflow': tf.__version__})
+    elif not flags.other_python:
+        parser.error('--other_python is missing: a Python with the packages of input_throughput_others.py')
+    else:
+        compare(flags)
+
+
+if __name__ == '__main__':
+    main()
