@@ -16,11 +16,11 @@ ahead. All use as many threads or worker processes as there are cores. They take
   torchvision v2           decode_image to tensors, antialiased by default; and not antialiased. Decodes whole images
   torchvision v1, PIL      ImageFolder as it is: antialiased, decodes whole images
   bare decoding            whole images from memory, each into the same buffer; nothing else
-  bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, in a map over bytes in memory; nothing else
+  bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, over bytes in memory; nothing else
 With --augment=rand, RandAugment of two operations at magnitude 9 of 30 on top: warps are interpolated linearly by DALI
 and to the nearest pixel by torchvision. Those that have none drop out; 'ours, no augmentation' says what it costs.
 
-Needs the machine for itself: about 10 s a contestant and round. Prints a JSON object for each contestant and measurement
+Needs the machine for itself: about 10 s a contestant and round. Prints a JSON object a contestant and measurement
 ('mean' of the first pixels tells that all see the same images; 'cores_used' near the number of cores that nothing else
 took them), then a table and one JSON object with the medians and what ours has of each one's rate, by rounds.
 """

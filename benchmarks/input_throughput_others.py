@@ -13,7 +13,6 @@ have 65 to 115 KB, 89 on the average. Photographs on which to learn something th
 import argparse
 import importlib.metadata
 import itertools
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -63,7 +62,8 @@ def dali(folder: Path, image_size: int, augment: str, *, as_documented: bool = F
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.auto_aug import rand_augment
 
-    @pipeline_def(batch_size=BATCH, num_threads=NUM_CORES, device_id=None, enable_conditionals=augment == 'rand', seed=0)
+    @pipeline_def(batch_size=BATCH, num_threads=NUM_CORES, device_id=None, seed=0,
+                  enable_conditionals=augment == 'rand')
     def pipeline():
         encoded, labels = fn.readers.file(file_root=str(folder), random_shuffle=True, initial_fill=1000)
         mirror = fn.random.coin_flip(probability=0.5)
