@@ -16,13 +16,13 @@ ahead. All use as many threads or worker processes as there are cores. They take
   torchvision v2           decode_image to tensors, antialiased by default; and not antialiased. Decodes whole images
   torchvision v1, PIL      ImageFolder as it is: antialiased, decodes whole images
   bare decoding            whole images from memory, each into the same buffer; nothing else
-  bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, over bytes in memory; nothing else
+  bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, in a map over bytes in memory
 With --augment=rand, RandAugment of two operations at magnitude 9 of 30 on top: warps are interpolated linearly by DALI
 and to the nearest pixel by torchvision. Those that have none drop out; 'ours, no augmentation' says what it costs.
 
-Needs the machine for itself: about 10 s a contestant and round. Prints a JSON object a contestant and measurement
-('mean' of the first pixels tells that all see the same images; 'cores_used' near the number of cores that nothing else
-took them), then a table and one JSON object with the medians and what ours has of each one's rate, by rounds.
+Needs the machine for itself: about 10 s a contestant and round. Prints a JSON object for each contestant (its 'mean'
+grey level tells that all see the same images) and measurement ('cores_taken': by anything else, which spoils it), then
+a table and one JSON object: medians over the rounds of the rate and of ours divided by it.
 """
 import argparse
 import functools
@@ -161,22 +161,24 @@ def compare(flags: argparse.Namespace) -> None:
     commands = {name: [python, str(script), f'--contestant={name}', f'--data_dir={flags.data_dir}',
                        f'--image_size={flags.image_size}', f'--augment={flags.augment}']
                 for name, (python, script, in_both) in programs.items() if in_both or not is_rand}
-    rates, cores, versions = {name: [] for name in commands}, {name: [] for name in commands}, {}
+    rates, cores, taken = ({name: [] for name in commands} for _ in range(3))
+    versions = {}
     for report in take_turns(commands, flags.rounds, flags.secs):
         print(json.dumps(report), flush=True)
         versions |= report.get('versions', {})
         if 'images_per_sec' in report:
             rates[report['contestant']].append(report['images_per_sec'])
             cores[report['contestant']].append(report['cores_used'])
+            taken[report['contestant']].append(report['cores_taken'])
 
     summary = {name: {'median': statistics.median(each), 'min': min(each), 'max': max(each),
-                      'cores_used': statistics.median(cores[name]), 'ours_by_it': round(
-                          statistics.median(a / b for a, b in zip(rates['ours'], each, strict=True)), 3)}
+                      'cores_used': statistics.median(cores[name]), 'cores_taken': max(taken[name]), 'ours_by_it':
+                      round(statistics.median(a / b for a, b in zip(rates['ours'], each, strict=True)), 3)}
                for name, each in rates.items()}
-    print(f'{"images a second":34}{"median":>8}{"min":>8}{"max":>8}{"cores":>8}{"ours / it":>11}')
+    print(f'{"images a second":34}{"median":>8}{"min":>8}{"max":>8}{"cores":>8}{"taken":>8}{"ours / it":>11}')
     for name, row in summary.items():
         print(f'{name:34}{row["median"]:8.0f}{row["min"]:8.0f}{row["max"]:8.0f}{row["cores_used"]:8.2f}'
-              f'{row["ours_by_it"]:11.2f}')
+              f'{row["cores_taken"]:8.2f}{row["ours_by_it"]:11.2f}')
     print(json.dumps({'num_cores': len(os.sched_getaffinity(0)), 'rounds': flags.rounds, 'secs': flags.secs,
                       'image_size': flags.image_size, 'augment': flags.augment, 'num_images': len(sizes),
                       'mean_kb': round(statistics.mean(sizes) / 1e3, 1), 'versions': versions,

@@ -54,8 +54,9 @@ def images_per_sec(batches: Iterator, secs: float) -> float:
 def take_turns(commands: dict[str, list[str]], rounds: int, secs: float) -> Iterator[dict]:
     """Starts all contestants, then measures each once a round, in another order each round.
 
-    Yields what each one says of itself, then its measurements, with `contestant`, `round` and `cores_used`: the
-    processor time of its processes by the clock's. Exits if a contestant ends.
+    Yields what each one says of itself, then its measurements, with `contestant`, `round`, `cores_used` (the processor
+    time of its processes by the clock's) and `cores_taken` (likewise by all else on the machine, and by its hosts).
+    Exits if a contestant ends.
     """
     order = random.Random(0)
     with contextlib.ExitStack() as stack:
@@ -70,11 +71,12 @@ def take_turns(commands: dict[str, list[str]], rounds: int, secs: float) -> Iter
             for name in order.sample(list(processes), len(processes)):
                 process = processes[name]
                 os.killpg(process.pid, signal.SIGCONT)
-                clock, processor = time.perf_counter(), cpu_seconds(process.pid)
+                before = np.array([time.perf_counter(), cpu_seconds(process.pid), busy_seconds()])
                 print(secs, file=process.stdin, flush=True)
                 measured = answer(process, name)
-                cores_used = (cpu_seconds(process.pid) - processor) / (time.perf_counter() - clock)
-                yield {'contestant': name, 'round': number} | measured | {'cores_used': round(cores_used, 2)}
+                elapsed, used, busy = [time.perf_counter(), cpu_seconds(process.pid), busy_seconds()] - before
+                yield {'contestant': name, 'round': number} | measured | {
+                    'cores_used': round(used / elapsed, 2), 'cores_taken': round((busy - used) / elapsed, 2)}
                 stop(process)
 
 
@@ -100,3 +102,9 @@ def cpu_seconds(group: int) -> float:
             fields = path.read_text().rpartition(')')[2].split()  # from field 3 on, see proc_pid_stat(5)
             ticks += int(fields[11]) + int(fields[12]) if int(fields[2]) == group else 0
     return ticks / os.sysconf('SC_CLK_TCK')
+
+
+def busy_seconds() -> float:
+    """Time, in seconds and summed over all cores, in which a core was not idle."""
+    ticks = [int(field) for field in Path('/proc/stat').read_text().splitlines()[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf('SC_CLK_TCK')  # less idle and iowait
