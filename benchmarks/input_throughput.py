@@ -17,8 +17,10 @@ ahead. All use as many threads or worker processes as there are cores. They take
   torchvision v1, PIL      ImageFolder as it is: antialiased, decodes whole images
   bare decoding            whole images from memory, each into the same buffer; nothing else
   bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, in a map over bytes in memory
-With --augment=rand, RandAugment of two operations at magnitude 9 of 30 on top: warps are interpolated linearly by DALI
-and to the nearest pixel by torchvision. Those that have none drop out; 'ours, no augmentation' says what it costs.
+With --augment=rand, RandAugment on top at nine tenths of the largest magnitude. DALI and torchvision apply two
+operations to each image; ours applies each with probability 1/2, as timm, so that it is given four to do the same work,
+and two as timm's recipes in 'ours, as timm'. Warps are bilinear, torchvision's to the nearest pixel, each by default.
+Those that have no RandAugment drop out; 'ours, no augmentation' says what it costs.
 
 Needs the machine for itself: about 10 s a contestant and round. Prints a JSON object for each contestant (its 'mean'
 grey level tells that all see the same images) and measurement ('cores_taken': by anything else, which spoils it), then
@@ -64,11 +66,11 @@ def write_shards(folder: Path, shard_dir: Path) -> None:
     partial.rename(shard_dir)
 
 
-def ours(shard_dir: Path, image_size: int, augment: str) -> Iterator:
-    """This project's."""
+def ours(shard_dir: Path, image_size: int, augment: str, *, num_ops: int = 4) -> Iterator:
+    """This project's; `num_ops` of RandAugment, of which half are applied."""
     import input_pipeline
 
-    settings = {'augment': input_pipeline.make_rand_augment()} if augment == 'rand' else {}
+    settings = {'augment': input_pipeline.make_rand_augment(num_ops=num_ops)} if augment == 'rand' else {}
     source = input_pipeline.open_source('tfrecord', str(shard_dir), 'train')
     for batch in input_pipeline.train_dataset(source, global_batch_size=BATCH, image_size=image_size, **settings):
         yield batch['image']
@@ -134,6 +136,7 @@ def crop_and_decode(shard_dir: Path, image_size: int, augment: str) -> Iterator:
 # name -> (what makes its batches, changed settings, whether it is there with RandAugment as well)
 CONTESTANTS = {
     'ours': (ours, {}, True),
+    'ours, as timm': (ours, {'num_ops': 2}, True),
     'ours, no augmentation': (ours, {'augment': 'none'}, True),
     'ours, 128 px': (ours, {'image_size': 128}, True),
     'plain tf.data': (plain, {}, False),
@@ -157,7 +160,7 @@ def compare(flags: argparse.Namespace) -> None:
     programs = {name: (sys.executable, __file__, in_both) for name, (_, _, in_both) in CONTESTANTS.items()}
     programs |= {name: (flags.other_python, OTHERS, in_both) for name, (_, _, in_both) in OTHER_CONTESTANTS.items()}
     if not is_rand:
-        del programs['ours, no augmentation']
+        del programs['ours, as timm'], programs['ours, no augmentation']
     commands = {name: [python, str(script), f'--contestant={name}', f'--data_dir={flags.data_dir}',
                        f'--image_size={flags.image_size}', f'--augment={flags.augment}']
                 for name, (python, script, in_both) in programs.items() if in_both or not is_rand}

@@ -27,6 +27,7 @@ NUM_CORES = len(os.sched_getaffinity(0))
 NUM_IMAGES, WIDTH, HEIGHT = 2000, 500, 375
 GRAIN, JPEG_QUALITY = 4, 95
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+NUM_OPS, MAGNITUDE = 2, 27  # magnitudes are 0..30, both libraries' default
 
 
 def make_images(folder: Path) -> None:
@@ -75,7 +76,7 @@ def dali(folder: Path, image_size: int, augment: str, *, as_documented: bool = F
             width = fn.cast(image_size * (1 - 2 * mirror), dtype=types.FLOAT)
             images = fn.resize(images, resize_x=width, resize_y=float(image_size), antialias=False)
         if augment == 'rand':
-            images = rand_augment.rand_augment(images, n=2, m=9, shape=(image_size, image_size))
+            images = rand_augment.rand_augment(images, NUM_OPS, MAGNITUDE, shape=(image_size, image_size))
         return images, labels
 
     built = pipeline()
@@ -97,7 +98,7 @@ def torchvision(folder: Path, image_size: int, augment: str, *, decoder: str, an
     transforms = v2 if decoder == 'torchvision' else torchvision.transforms
     steps = [transforms.RandomResizedCrop(image_size, SCALE, RATIO, InterpolationMode.BILINEAR, antialias=antialias),
              transforms.RandomHorizontalFlip()]
-    steps += [transforms.RandAugment(num_ops=2, magnitude=9)] if augment == 'rand' else []
+    steps += [transforms.RandAugment(NUM_OPS, MAGNITUDE)] if augment == 'rand' else []
     steps += [transforms.PILToTensor()] if decoder == 'PIL' else []
 
     def decode(path):
