@@ -1,6 +1,6 @@
 """How many images a second input_pipeline delivers, beside other ways to feed a network, on this machine's CPU.
 
-    python benchmarks/input_throughput.py --other_python=torch-env/bin/python [--augment=rand]
+    python benchmarks/input_throughput.py --other_python=torch-env/bin/python
 
 All read the same JPEGs (input_throughput_others.py says how they and the other environment are made) from TFRecord
 shards or a folder that the system has in memory; take a random part of 0.08 to 1 of the area and 3/4 to 4/3 in aspect;
@@ -17,10 +17,6 @@ ahead. All use as many threads or worker processes as there are cores. They take
   torchvision v1, PIL      ImageFolder as it is: antialiased, decodes whole images
   bare decoding            whole images from memory, each into the same buffer; nothing else
   bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, in a map over bytes in memory
-With --augment=rand, RandAugment on top at nine tenths of the largest magnitude. DALI and torchvision apply two
-operations to each image; ours applies each with probability 1/2, as timm, so that it is given four to do the same work,
-and two as timm's recipes in 'ours, as timm'. Warps are bilinear, torchvision's to the nearest pixel, each by default.
-Those that have no RandAugment drop out; 'ours, no augmentation' says what it costs.
 
 Needs the machine for itself: about 10 s a contestant and round. Prints a JSON object for each contestant (its 'mean'
 grey level tells that all see the same images) and measurement ('cores_taken': by anything else, which spoils it), then
@@ -38,12 +34,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from input_throughput_others import BATCH, NUM_CORES, OTHER_CONTESTANTS, RATIO, SCALE
 from turns import serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = 128
 NUM_SHARDS = 8
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 OTHERS = Path(__file__).with_name('input_throughput_others.py')
 
 
@@ -66,17 +61,16 @@ def write_shards(folder: Path, shard_dir: Path) -> None:
     partial.rename(shard_dir)
 
 
-def ours(shard_dir: Path, image_size: int, augment: str, *, num_ops: int = 4) -> Iterator:
-    """This project's; `num_ops` of RandAugment, of which half are applied."""
+def ours(shard_dir: Path, image_size: int) -> Iterator:
+    """This project's."""
     import input_pipeline
 
-    settings = {'augment': input_pipeline.make_rand_augment(num_ops=num_ops)} if augment == 'rand' else {}
     source = input_pipeline.open_source('tfrecord', str(shard_dir), 'train')
-    for batch in input_pipeline.train_dataset(source, global_batch_size=BATCH, image_size=image_size, **settings):
+    for batch in input_pipeline.train_dataset(source, global_batch_size=BATCH, image_size=image_size):
         yield batch['image']
 
 
-def plain(shard_dir: Path, image_size: int, augment: str, *, uniform_windows: bool = False) -> Iterator:
+def plain(shard_dir: Path, image_size: int, *, uniform_windows: bool = False) -> Iterator:
     """tf.data with the means of TensorFlow alone, but for `uniform_windows`."""
     import tensorflow as tf
 
@@ -106,7 +100,7 @@ def plain(shard_dir: Path, image_size: int, augment: str, *, uniform_windows: bo
         yield images
 
 
-def crop_and_decode(shard_dir: Path, image_size: int, augment: str) -> Iterator:
+def crop_and_decode(shard_dir: Path, image_size: int) -> Iterator:
     """Yields the top left pixels of the windows of the first four epochs, again and again."""
     import numpy as np
     import tensorflow as tf
@@ -129,26 +123,22 @@ def crop_and_decode(shard_dir: Path, image_size: int, augment: str) -> Iterator:
     images = tf.data.Dataset.from_tensor_slices(encoded).repeat()
     dataset = tf.data.Dataset.zip(images, tf.data.Dataset.from_tensor_slices(windows).repeat()).map(
         lambda image, window: tf.image.decode_and_crop_jpeg(image, window, 3, dct_method='INTEGER_ACCURATE')[0, 0],
-        num_parallel_calls=len(os.sched_getaffinity(0)), deterministic=False)
+        num_parallel_calls=NUM_CORES, deterministic=False)
     yield from dataset.batch(BATCH).prefetch(2)
 
 
-# name -> (what makes its batches, changed settings, whether it is there with RandAugment as well)
+# name -> (what makes its batches, changed settings)
 CONTESTANTS = {
-    'ours': (ours, {}, True),
-    'ours, as timm': (ours, {'num_ops': 2}, True),
-    'ours, no augmentation': (ours, {'augment': 'none'}, True),
-    'ours, 128 px': (ours, {'image_size': 128}, True),
-    'plain tf.data': (plain, {}, False),
-    'plain tf.data, uniform windows': (plain, {'uniform_windows': True}, False),
-    'bare crop and decode': (crop_and_decode, {}, False),
+    'ours': (ours, {}),
+    'ours, 128 px': (ours, {'image_size': 128}),
+    'plain tf.data': (plain, {}),
+    'plain tf.data, uniform windows': (plain, {'uniform_windows': True}),
+    'bare crop and decode': (crop_and_decode, {}),
 }
 
 
 def compare(flags: argparse.Namespace) -> None:
     """Makes the data where they are missing, measures, prints."""
-    from input_throughput_others import CONTESTANTS as OTHER_CONTESTANTS
-
     folder, shard_dir = flags.data_dir / 'folder' / 'train', flags.data_dir / 'tfrecord'
     if not folder.is_dir():
         subprocess.run([flags.other_python, OTHERS, f'--make_images={folder}'], check=True)
@@ -156,34 +146,34 @@ def compare(flags: argparse.Namespace) -> None:
         write_shards(folder, shard_dir)
     sizes = [path.stat().st_size for path in folder.rglob('*.JPEG')]
 
-    is_rand = flags.augment == 'rand'
-    programs = {name: (sys.executable, __file__, in_both) for name, (_, _, in_both) in CONTESTANTS.items()}
-    programs |= {name: (flags.other_python, OTHERS, in_both) for name, (_, _, in_both) in OTHER_CONTESTANTS.items()}
-    if not is_rand:
-        del programs['ours, as timm'], programs['ours, no augmentation']
+    programs = dict.fromkeys(CONTESTANTS, (sys.executable, __file__))
+    programs |= dict.fromkeys(OTHER_CONTESTANTS, (flags.other_python, OTHERS))
     commands = {name: [python, str(script), f'--contestant={name}', f'--data_dir={flags.data_dir}',
-                       f'--image_size={flags.image_size}', f'--augment={flags.augment}']
-                for name, (python, script, in_both) in programs.items() if in_both or not is_rand}
-    rates, cores, taken = ({name: [] for name in commands} for _ in range(3))
-    versions = {}
+                       f'--image_size={flags.image_size}'] for name, (python, script) in programs.items()}
+    measured, versions = {name: [] for name in commands}, {}
     for report in take_turns(commands, flags.rounds, flags.secs):
         print(json.dumps(report), flush=True)
         versions |= report.get('versions', {})
         if 'images_per_sec' in report:
-            rates[report['contestant']].append(report['images_per_sec'])
-            cores[report['contestant']].append(report['cores_used'])
-            taken[report['contestant']].append(report['cores_taken'])
+            measured[report['contestant']].append(report)
 
-    summary = {name: {'median': statistics.median(each), 'min': min(each), 'max': max(each),
-                      'cores_used': statistics.median(cores[name]), 'cores_taken': max(taken[name]), 'ours_by_it':
-                      round(statistics.median(a / b for a, b in zip(rates['ours'], each, strict=True)), 3)}
-               for name, each in rates.items()}
+    def column(name: str, key: str) -> list[float]:
+        return [report[key] for report in measured[name]]
+
+    summary = {}
+    for name in commands:
+        rates = column(name, 'images_per_sec')
+        ratios = [a / b for a, b in zip(column('ours', 'images_per_sec'), rates, strict=True)]
+        summary[name] = {'median': statistics.median(rates), 'min': min(rates), 'max': max(rates),
+                         'cores_used': statistics.median(column(name, 'cores_used')),
+                         'cores_taken': max(column(name, 'cores_taken')),
+                         'ours_by_it': round(statistics.median(ratios), 3)}
     print(f'{"images a second":34}{"median":>8}{"min":>8}{"max":>8}{"cores":>8}{"taken":>8}{"ours / it":>11}')
     for name, row in summary.items():
         print(f'{name:34}{row["median"]:8.0f}{row["min"]:8.0f}{row["max"]:8.0f}{row["cores_used"]:8.2f}'
               f'{row["cores_taken"]:8.2f}{row["ours_by_it"]:11.2f}')
-    print(json.dumps({'num_cores': len(os.sched_getaffinity(0)), 'rounds': flags.rounds, 'secs': flags.secs,
-                      'image_size': flags.image_size, 'augment': flags.augment, 'num_images': len(sizes),
+    print(json.dumps({'num_cores': NUM_CORES, 'rounds': flags.rounds, 'secs': flags.secs,
+                      'image_size': flags.image_size, 'num_images': len(sizes),
                       'mean_kb': round(statistics.mean(sizes) / 1e3, 1), 'versions': versions,
                       'images_per_sec': summary}))
 
@@ -196,7 +186,6 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--secs', type=float, default=6.0, help='of a measurement')
     parser.add_argument('--image_size', type=int, default=224)
-    parser.add_argument('--augment', choices=('none', 'rand'), default='none')
     parser.add_argument('--contestant', choices=CONTESTANTS, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -204,8 +193,8 @@ def main() -> None:
     if flags.contestant:
         import tensorflow as tf
 
-        make, changed, _ = CONTESTANTS[flags.contestant]
-        settings = {'image_size': flags.image_size, 'augment': flags.augment} | changed
+        make, changed = CONTESTANTS[flags.contestant]
+        settings = {'image_size': flags.image_size} | changed
         serve(make(flags.data_dir / 'tfrecord', **settings), versions={'tensorflow': tf.__version__})
     elif not flags.other_python:
         parser.error('--other_python is missing: a Python with the packages of input_throughput_others.py')

@@ -27,7 +27,6 @@ NUM_CORES = len(os.sched_getaffinity(0))
 NUM_IMAGES, WIDTH, HEIGHT = 2000, 500, 375
 GRAIN, JPEG_QUALITY = 4, 95
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-NUM_OPS, MAGNITUDE = 2, 27  # magnitudes are 0..30, both libraries' default
 
 
 def make_images(folder: Path) -> None:
@@ -54,17 +53,15 @@ def make_images(folder: Path) -> None:
     partial.rename(folder)
 
 
-def dali(folder: Path, image_size: int, augment: str, *, as_documented: bool = False) -> Iterator[np.ndarray]:
-    """DALI on the CPU, a thread a core; its own RandAugment.
+def dali(folder: Path, image_size: int, *, as_documented: bool = False) -> Iterator[np.ndarray]:
+    """DALI on the CPU, a thread a core.
 
     Told not to antialias, to take the fast inverse DCT and to mirror within the resize (a negative width), each of
     which makes it faster. `as_documented`: its defaults instead (antialiased, exact), and fn.flip.
     """
     from nvidia.dali import fn, pipeline_def, types
-    from nvidia.dali.auto_aug import rand_augment
 
-    @pipeline_def(batch_size=BATCH, num_threads=NUM_CORES, device_id=None, seed=0,
-                  enable_conditionals=augment == 'rand')
+    @pipeline_def(batch_size=BATCH, num_threads=NUM_CORES, device_id=None, seed=0)
     def pipeline():
         encoded, labels = fn.readers.file(file_root=str(folder), random_shuffle=True, initial_fill=1000)
         mirror = fn.random.coin_flip(probability=0.5)
@@ -75,8 +72,6 @@ def dali(folder: Path, image_size: int, augment: str, *, as_documented: bool = F
         else:
             width = fn.cast(image_size * (1 - 2 * mirror), dtype=types.FLOAT)
             images = fn.resize(images, resize_x=width, resize_y=float(image_size), antialias=False)
-        if augment == 'rand':
-            images = rand_augment.rand_augment(images, NUM_OPS, MAGNITUDE, shape=(image_size, image_size))
         return images, labels
 
     built = pipeline()
@@ -86,7 +81,7 @@ def dali(folder: Path, image_size: int, augment: str, *, as_documented: bool = F
         yield np.asarray(images.as_tensor())  # a view: nothing is copied
 
 
-def torchvision(folder: Path, image_size: int, augment: str, *, decoder: str, antialias: bool = True) -> Iterator:
+def torchvision(folder: Path, image_size: int, *, decoder: str, antialias: bool = True) -> Iterator:
     """A DataLoader over ImageFolder with a process a core; uint8 [B, 3, H, W].
 
     decoder 'torchvision': to tensors, transforms v2. 'PIL': ImageFolder's own loader, transforms v1.
@@ -98,7 +93,6 @@ def torchvision(folder: Path, image_size: int, augment: str, *, decoder: str, an
     transforms = v2 if decoder == 'torchvision' else torchvision.transforms
     steps = [transforms.RandomResizedCrop(image_size, SCALE, RATIO, InterpolationMode.BILINEAR, antialias=antialias),
              transforms.RandomHorizontalFlip()]
-    steps += [transforms.RandAugment(NUM_OPS, MAGNITUDE)] if augment == 'rand' else []
     steps += [transforms.PILToTensor()] if decoder == 'PIL' else []
 
     def decode(path):
@@ -112,7 +106,7 @@ def torchvision(folder: Path, image_size: int, augment: str, *, decoder: str, an
         yield images.numpy()
 
 
-def simplejpeg_decode(folder: Path, image_size: int, augment: str) -> Iterator[np.ndarray]:
+def simplejpeg_decode(folder: Path, image_size: int) -> Iterator[np.ndarray]:
     """Bare decoding of whole images from memory, a thread a core, each into one buffer; yields the top left pixels."""
     import simplejpeg
 
@@ -131,14 +125,14 @@ def simplejpeg_decode(folder: Path, image_size: int, augment: str) -> Iterator[n
             yield waiting.popleft().result()
 
 
-# name -> (what makes its batches, its own settings, whether it is there with RandAugment as well)
-CONTESTANTS = {
-    'DALI': (dali, {}, True),
-    'DALI, its defaults': (dali, {'as_documented': True}, True),
-    'torchvision v2': (torchvision, {'decoder': 'torchvision'}, True),
-    'torchvision v2, not antialiased': (torchvision, {'decoder': 'torchvision', 'antialias': False}, False),
-    'torchvision v1, PIL': (torchvision, {'decoder': 'PIL'}, True),
-    'bare decoding, simplejpeg': (simplejpeg_decode, {}, False),
+# name -> (what makes its batches, its own settings)
+OTHER_CONTESTANTS = {
+    'DALI': (dali, {}),
+    'DALI, its defaults': (dali, {'as_documented': True}),
+    'torchvision v2': (torchvision, {'decoder': 'torchvision'}),
+    'torchvision v2, not antialiased': (torchvision, {'decoder': 'torchvision', 'antialias': False}),
+    'torchvision v1, PIL': (torchvision, {'decoder': 'PIL'}),
+    'bare decoding, simplejpeg': (simplejpeg_decode, {}),
 }
 
 
@@ -149,15 +143,14 @@ def main() -> None:
     parser.add_argument('--contestant', help='run by input_throughput.py')
     parser.add_argument('--data_dir', type=Path)
     parser.add_argument('--image_size', type=int, default=224)
-    parser.add_argument('--augment', choices=('none', 'rand'), default='none')
     flags = parser.parse_args()
     if flags.make_images:
         make_images(flags.make_images)
         return
-    make, settings, _ = CONTESTANTS[flags.contestant]
+    make, settings = OTHER_CONTESTANTS[flags.contestant]
     packages = {dali: ['nvidia-dali-cuda120'], torchvision: ['torch', 'torchvision', 'pillow'],
                 simplejpeg_decode: ['simplejpeg']}[make]
-    serve(make(flags.data_dir / 'folder' / 'train', flags.image_size, flags.augment, **settings),
+    serve(make(flags.data_dir / 'folder' / 'train', flags.image_size, **settings),
           versions={name: importlib.metadata.version(name) for name in packages})
 
 
