@@ -1,7 +1,7 @@
 """How a process ends itself from any thread, whatever the others wait for. Lowest of all: every module may have to."""
 import os
 import sys
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_STOPPED, EXIT_PEER_LOST = 42, 75
 
@@ -19,8 +19,13 @@ def end(code: int, message: str) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """Prints a line to stderr, if anybody reads it."""
+    """A line of its own on stderr."""
+    show(f'\n{message}\n', sys.stderr)
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Writes to a terminal or a pipe, if anybody reads it."""
     try:
-        print(f'\n{message}', file=sys.stderr, flush=True)
-    except OSError:  # who read it has ended, as `tee` does on Ctrl-C: nobody listens from here on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        print(text, end='', file=stream, flush=True)
+    except OSError:  # who read it has ended, as `tee` does on Ctrl-C: the run goes on to its checkpoint
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -12,6 +12,8 @@ from typing import TextIO
 
 import tensorflow as tf
 
+from trainer.exits import show
+
 
 class Telemetry:
     """Owns the open files of one run. The workdir's files of an earlier run are continued after `resumed_step`.
@@ -21,37 +23,32 @@ class Telemetry:
 
     def __init__(self, workdir: Path | None, resumed_step: int, *, clock: Callable[[], float] = time.time,
                  stream: TextIO | None = None):
-        self.is_silent = workdir is None
-        if self.is_silent:
-            return
-        workdir.mkdir(parents=True, exist_ok=True)
         self._workdir, self._clock, self._stream = workdir, clock, stream or sys.stderr
-        self._is_live, self._live_width, self._unwritten = self._stream.isatty(), 0, b''
-        self._open(resumed_step)
+        self._is_live, self._live_width = self._stream.isatty(), 0
+        self._files = contextlib.ExitStack()
+        self.go_back(resumed_step)
 
-    def _open(self, resumed_step: int) -> None:
-        self._resumed_step, self._writers = resumed_step, {}
+    def go_back(self, step: int) -> None:
+        """Takes back what was reported of later steps."""
+        if self._workdir is None:
+            return
+        self._files.close()
+        self._resumed_step, self._writers, self._unwritten = step, {}, b''
+        self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / 'metrics.jsonl'
-        kept = ''.join(line for line, found in read_reports(path) if found['step'] <= resumed_step).encode()
+        kept = ''.join(line for line, found in read_reports(path) if found['step'] <= step).encode()
         if path.exists() and kept != path.read_bytes():  # without steps that are made again, or a line cut by a kill
             aside = path.with_suffix('.writing')
             aside.write_bytes(kept)
             aside.replace(path)
-        self._file = open(path, 'ab', buffering=0)
-
-    def go_back(self, step: int) -> None:
-        """Takes back what was reported of later steps."""
-        if not self.is_silent:
-            self._close_files()
-            self._unwritten = b''
-            self._open(step)
+        self._file = self._files.enter_context(open(path, 'ab', buffering=0))
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes tags of one kind ('train/...', 'eval/...') for one step. Raises ValueError: none, or several."""
         kinds = {'train' if tag.startswith('train/') else 'eval' for tag in metrics}
         if len(kinds) != 1:
             raise ValueError(f'one report is of train tags or of eval tags, not {sorted(metrics)}')
-        if self.is_silent:
+        if self._workdir is None:
             return
         # JSON has no NaN: a value that is none becomes null.
         finite = {tag: value if math.isfinite(value) else None for tag, value in metrics.items()}
@@ -68,31 +65,19 @@ class Telemetry:
 
     def progress(self, text: str, *, is_lasting: bool) -> None:
         """Shows one line: on a terminal over the last one unless `is_lasting`; elsewhere only if it is."""
-        if self.is_silent or not (self._is_live or is_lasting):
+        if self._workdir is None or not (self._is_live or is_lasting):
             return
-        start = '\r' if self._is_live else ''
         if not is_lasting:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where nobody set a size
             text = text[:max(1, width - 1)]
         shown, self._live_width = text.ljust(self._live_width), 0 if is_lasting else len(text)
-        try:
-            print(start + shown, end='\n' if is_lasting else '', file=self._stream, flush=True)
-        except OSError:  # who read it has ended, as `tee` does on Ctrl-C: the run goes on to its checkpoint
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        show(('\r' if self._is_live else '') + shown + ('\n' if is_lasting else ''), self._stream)
 
     def close(self) -> None:
         """Flushes and closes everything; leaves the terminal on a new line."""
-        if self.is_silent:
-            return
         if self._live_width:
-            self._stream.write('\n')
-        self._close_files()
-
-    def _close_files(self) -> None:
-        self._file.close()
-        for writer in self._writers.values():
-            with contextlib.suppress(tf.errors.OpError):  # report() has said so
-                writer.close()
+            show('\n', self._stream)
+        self._files.close()
 
     def _writer(self, kind: str) -> tf.summary.SummaryWriter:
         if kind not in self._writers:
@@ -101,6 +86,8 @@ class Telemetry:
                 with tf.compat.v1.summary.FileWriter(str(self._workdir / kind)) as writer:
                     writer.add_session_log(start, self._resumed_step + 1)
             self._writers[kind] = tf.summary.create_file_writer(str(self._workdir / kind))
+            self._files.enter_context(contextlib.suppress(tf.errors.OpError))  # in closing it: report() has said so
+            self._files.callback(self._writers[kind].close)
         return self._writers[kind]
 
 
