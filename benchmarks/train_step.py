@@ -35,13 +35,13 @@ def measure(image_size: int, global_batch_size: int, *, num_steps: int, width: f
 
     strategy = build_strategy(**strategy_settings)
     settings = Train(epochs=1, global_batch_size=global_batch_size, accumulate=accumulate, label_smoothing=0.1,
-                     all_reduce_dtype=all_reduce_dtype, model=lambda: ghostnet(1000, width, image_size=None),
+                     all_reduce_dtype=all_reduce_dtype, jit=False, model=lambda: ghostnet(1000, width, image_size=None),
                      optimizer=lambda: optimizer.sgd(momentum=0.9, nesterov=True, weight_decay=4e-5),
                      schedule=schedule.cosine)
     model, state, update = build_model_and_state(settings, strategy, 1000)
     train_loop = make_train_loop(
         strategy, model, state, settings, normalize=make_normalize((0.5,) * 3, (0.25,) * 3), update_fn=update,
-        schedule=schedule.cosine(0.1, num_steps=10_000), jit=False)
+        schedule=schedule.cosine(0.1, num_steps=10_000))
 
     def make_dataset(shard: int, num_shards: int) -> tf.data.Dataset:
         rows, rng = global_batch_size // num_shards, np.random.default_rng(shard)

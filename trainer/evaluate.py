@@ -13,7 +13,7 @@ from trainer import checkpoint
 from trainer.bad_examples import BadExamples
 from trainer.recipe import ConfigError, Data, Evaluate, Train
 from trainer.state import TrainState, build_model_and_state
-from trainer.step import distribute, make_estimate_loop, make_eval_loop, make_normalize, use_jit
+from trainer.step import Normalize, distribute, make_estimate_loop, make_eval_loop, make_normalize
 
 
 def open_train_batches(strategy: tf.distribute.Strategy, settings: Train, state: TrainState,
@@ -25,23 +25,22 @@ def open_train_batches(strategy: tf.distribute.Strategy, settings: Train, state:
         **settings.image_size_at(int(state.step.numpy()), len(source) / rows))))
 
 
-def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, weights: str,
-                  settings: Train, *, source: input_pipeline.Source, bad: BadExamples,
-                  eval_dataset: Callable[..., tf.data.Dataset], normalize: Callable[[tf.Tensor], tf.Tensor], jit: bool,
+def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
+                  state: TrainState, weights: str, *, source: input_pipeline.Source, bad: BadExamples,
+                  eval_dataset: Callable[..., tf.data.Dataset],
                   open_batches: Callable[[], Iterator]) -> Callable[[Callable[[], bool]], dict[str, float] | None]:
-    """Makes evaluate(must_stop) -> {'loss', 'top1', 'top5', 'examples'}: mean loss in nats, fractions, and a count.
+    """Makes evaluate(must_stop) -> 'eval/loss', mean in nats, 'eval/top1', 'eval/top5', fractions, 'eval/examples'.
 
     None if must_stop(), which is asked before each loop of batches, says so. Evaluated are the 'raw' or 'ema' `weights`
-    of the time of the call, on the examples of `source`; those that are masked are noted in `bad`. Statistics of
-    settings.eval_precise_batch_norm batches are those of the first of `open_batches()`.
+    of the time of the call ('eval_ema/...'), on the examples of `source`; those that are masked are noted in `bad`.
+    Statistics of settings.eval_precise_batch_norm batches are those of the first of `open_batches()`.
     """
     params, batch_stats = state.weights(weights)
     if settings.eval_precise_batch_norm:
         with strategy.scope():
             batch_stats = {path: tf.Variable(value, trainable=False) for path, value in batch_stats.items()}
-        estimate_loop = make_estimate_loop(strategy, model, params, batch_stats, normalize=normalize, jit=jit)
-    eval_loop = make_eval_loop(strategy, model, params, batch_stats, normalize=normalize, flip=settings.eval_flip,
-                               jit=jit)
+        estimate_loop = make_estimate_loop(strategy, model, settings, normalize, params, batch_stats)
+    eval_loop = make_eval_loop(strategy, model, settings, normalize, params, batch_stats)
     batches = distribute(strategy, functools.partial(eval_dataset, source, on_bad=bad.found,
                                                      global_batch_size=settings.global_batch_size))
     num_batches = -(-len(source) // settings.global_batch_size)
@@ -62,8 +61,9 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, state: T
             raise RuntimeError(f'{sums["rows"]:.0f} rows were evaluated, there are {len(source)} examples')
         if round(sums['examples']) < len(source):  # the others are bad
             bad.settle()
-        means = {name: sums[name] / (sums['examples'] or math.nan) for name in ('loss', 'top1', 'top5')}
-        return means | {'examples': round(sums['examples'])}
+        kind = {'raw': 'eval', 'ema': 'eval_ema'}[weights]
+        means = {f'{kind}/{name}': sums[name] / (sums['examples'] or math.nan) for name in ('loss', 'top1', 'top5')}
+        return means | {f'{kind}/examples': round(sums['examples'])}
 
     return evaluate
 
@@ -72,8 +72,7 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
                         eval_source: input_pipeline.Source, train_source: input_pipeline.Source | None,
                         train_dataset: Callable[..., tf.data.Dataset], eval_dataset: Callable[..., tf.data.Dataset],
                         workdir: Path) -> dict[str, float]:
-    """--mode=eval: 'eval/loss', 'eval/top1', 'eval/top5', 'eval/examples' ('eval_ema/...' for averaged weights), 'step'
-    and 'checkpoint'. Changes nothing in the workdir.
+    """--mode=eval: the tags of `make_evaluate`, 'step' and 'checkpoint'. Changes nothing in the workdir.
 
     Raises ConfigError: no such checkpoint, a damaged one, one of another model, or one without the weights asked for.
     """
@@ -83,14 +82,11 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
     model, state, _ = build_model_and_state(settings, strategy, eval_source.num_classes)
     state.restore(checkpoint.load(path, state.variables()))
     evaluate = make_evaluate(
-        strategy, model, state, which.weights, settings, source=eval_source, eval_dataset=eval_dataset,
+        strategy, model, settings, make_normalize(data.pixel_mean, data.pixel_std), state, which.weights,
+        source=eval_source, eval_dataset=eval_dataset,
         bad=BadExamples(None, settings.bad_example_budget, lambda write: write(), eval_source),
-        normalize=make_normalize(data.pixel_mean, data.pixel_std),
-        jit=use_jit(settings.jit, strategy, settings.sync_batch_norm),
         open_batches=lambda: open_train_batches(strategy, settings, state, train_source, train_dataset))
-    kind = 'eval' if which.weights == 'raw' else 'eval_ema'
-    return {f'{kind}/{name}': value for name, value in evaluate(lambda: False).items()} | {
-        'step': int(state.step.numpy()), 'checkpoint': str(path)}
+    return evaluate(lambda: False) | {'step': int(state.step.numpy()), 'checkpoint': str(path)}
 
 
 def _find_checkpoint(workdir: Path, which: str) -> Path:

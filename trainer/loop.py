@@ -23,8 +23,8 @@ from trainer.recipe import Data, Train
 from trainer.resume import describe_environment, restore_latest, roll_back, start_from
 from trainer.saver import Saver, keep_best
 from trainer.state import build_model_and_state
-from trainer.step import make_normalize, make_sum_over_workers, make_train_loop, use_jit
-from trainer.strategy import is_chief, take_turns
+from trainer.step import make_normalize, make_sum_over_workers, make_train_loop
+from trainer.strategy import take_turns
 from trainer.telemetry import Telemetry, eval_line, progress_line, read_reports, train_metrics
 
 
@@ -40,11 +40,9 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     called. `fingerprint` is what a resumed run must have in common with the checkpoint. should_stop is asked after each
     loop of steps; if any worker's says so, all save and stop.
 
-    Raises:
-        ConfigError: the recipe does not fit the data, the devices or the checkpoint; too many bad examples; numbers
-            that go wrong again and again.
-        StoppedEarly: should_stop said so, and everything is saved.
-        SaveError: nothing could be saved for train.save_retry_secs.
+    Raises ConfigError: the recipe does not fit the data, the devices or the checkpoint; too many bad examples; numbers
+    that go wrong again and again. StoppedEarly: should_stop said so, and everything is saved. SaveError: nothing could
+    be saved for train.save_retry_secs.
     """
     started, goodput = time.perf_counter(), Goodput()
     rows, plan = settings.global_batch_size, make_plan(settings, len(train_source), eval_source is not None)
@@ -56,7 +54,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     model, state, update = build_model_and_state(settings, strategy, num_classes)
     meta = {'fingerprint': {**fingerprint, 'number of training examples': str(len(train_source))},
             **describe_environment(strategy)}
-    sum_over_workers, is_writer = make_sum_over_workers(strategy), is_chief(strategy)  # one writes for all
+    sum_over_workers, is_writer = make_sum_over_workers(strategy), strategy.extended.should_checkpoint  # one for all
     resumed = restore_latest(workdir / 'checkpoints', strategy, state, meta, settings.allow_config_change,
                              sum_over_workers)
     if not resumed and settings.initial_weights is not None:
@@ -74,20 +72,19 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         return final
 
     # ---- What runs on the devices ----
-    jit = use_jit(settings.jit, strategy, settings.sync_batch_norm)
     normalize = make_normalize(data.pixel_mean, data.pixel_std)
     train_loop = make_train_loop(strategy, model, state, settings, normalize=normalize, update_fn=update,
-                                 schedule=schedule, jit=jit)
+                                 schedule=schedule)
     make_bad_examples = functools.partial(BadExamples, workdir / 'bad_examples.jsonl', settings.bad_example_budget,
                                           functools.partial(take_turns, strategy, sum_over_workers))
     bad = make_bad_examples(train_source)
     open_batches = functools.partial(open_train_batches, strategy, settings, state, train_source,
                                      functools.partial(train_dataset, on_bad=bad.found))
     batches = open_batches()
-    evaluators = {} if eval_source is None else {
-        kind: make_evaluate(strategy, model, state, weights, settings, source=eval_source, eval_dataset=eval_dataset,
-                            bad=make_bad_examples(eval_source), normalize=normalize, jit=jit, open_batches=open_batches)
-        for kind, weights in [('eval', 'raw')] + [('eval_ema', 'ema')] * (settings.ema_decay is not None)}
+    evaluators = [] if eval_source is None else [
+        make_evaluate(strategy, model, settings, normalize, state, weights, source=eval_source,
+                      eval_dataset=eval_dataset, bad=make_bad_examples(eval_source), open_batches=open_batches)
+        for weights in ['raw'] + ['ema'] * (settings.ema_decay is not None)]
 
     # ---- The run ----
     if is_writer:
@@ -106,11 +103,11 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         """Whether it came to its end."""
         started, results = time.perf_counter(), {}
         with goodput.spend('evaluating'):
-            for kind, evaluate in evaluators.items():
+            for evaluate in evaluators:
                 found = evaluate(must_stop)
                 if found is None:
                     return False
-                results |= {f'{kind}/{name}': value for name, value in found.items()}
+                results |= found
         final.update(results)
         if is_writer:  # before the report, without which a run that is killed in between evaluates again
             with goodput.spend('saving'):

@@ -14,9 +14,12 @@ from trainer.gradient import make_forward_backward
 from trainer.loss import smoothed_cross_entropy
 from trainer.metrics import SUMS, masked_sums
 from trainer.recipe import ConfigError, Train
+from trainer.schedule import Rate
 from trainer.state import Tensors, TrainState, Values, Variables
 from trainer.strategy import has_accelerator, is_multi_worker
 from trainer.update import make_update
+
+Normalize = Callable[[tf.Tensor], tf.Tensor]
 
 
 def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.data.Dataset]) -> Any:
@@ -50,17 +53,14 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], i
     return lambda value: int(strategy.experimental_local_results(values(tf.constant(value, tf.int64)))[0])
 
 
-def use_jit(jit: bool | str, strategy: tf.distribute.Strategy, sync_batch_norm: bool) -> bool:
-    """train.jit: 'auto' compiles on GPU and TPU; XLA's depthwise convolution on the CPU is 8 times slower.
-
-    Raises:
-        ConfigError: True with statistics that are synchronised over replicas, which is a collective in every layer.
-    """
-    can_compile = not sync_batch_norm or strategy.num_replicas_in_sync == 1
-    if jit is True and not can_compile:
+def _use_jit(strategy: tf.distribute.Strategy, settings: Train) -> bool:
+    """train.jit: 'auto' compiles on GPU and TPU; XLA's depthwise convolution on the CPU is 8 times slower."""
+    # Statistics that are synchronised over replicas are a collective in every layer.
+    can_compile = not settings.sync_batch_norm or strategy.num_replicas_in_sync == 1
+    if settings.jit is True and not can_compile:
         raise ConfigError('train.jit is True and so is train.sync_batch_norm: XLA cannot compile collectives of '
                           f"{strategy.num_replicas_in_sync} replicas; take train.jit = 'auto' or False")
-    return has_accelerator() and can_compile if jit == 'auto' else jit
+    return has_accelerator() and can_compile if settings.jit == 'auto' else settings.jit
 
 
 def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any, dtype: str = 'float32') -> Any:
@@ -80,16 +80,15 @@ def _stay(tensor: tf.Tensor) -> tf.Tensor:
         return tf.identity(tensor)
 
 
-def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Callable[[tf.Tensor], tf.Tensor]:
+def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Normalize:
     """uint8 [B, H, W, 3] -> float32, (value / 255 - mean) / std for each of R, G, B."""
     scale = [1 / (255 * std) for std in pixel_std]
     offset = [-mean / std for mean, std in zip(pixel_mean, pixel_std, strict=True)]
     return lambda images: tf.cast(images, tf.float32) * scale + offset
 
 
-def make_step(model: keras.Model, settings: Train, *, normalize: Callable[[tf.Tensor], tf.Tensor],
-              update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor], num_replicas: int,
-              jit: bool) -> Callable[..., tuple[Values, Tensors]]:
+def make_step(model: keras.Model, settings: Train, *, normalize: Normalize, update_fn: Callable, schedule: Rate,
+              num_replicas: int, jit: bool) -> Callable[..., tuple[Values, Tensors]]:
     """Makes step(values, batch, step_number, replica_id, all_reduce) -> (values, sums): what one replica computes.
 
     A pure function: forward_backward, a packed all-reduce, update. `all_reduce` sums a float tensor over the replicas.
@@ -132,8 +131,11 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
     The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
     'grad_norm' and 'skipped' over steps; 'data_wait_secs'. step_arguments: those of `make_step` that are not here.
+
+    Raises ConfigError: train.jit does not fit train.sync_batch_norm.
     """
-    step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync, **step_arguments)
+    step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync, jit=_use_jit(strategy, settings),
+                     **step_arguments)
 
     def replica_step(batch: Tensors) -> Tensors:
         replica = tf.distribute.get_replica_context()
@@ -166,13 +168,13 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
     return train_loop
 
 
-def _make_total(strategy: tf.distribute.Strategy, forward: Callable, params: Variables, batch_stats: Variables,
-                shape: list[int], reduction: str, jit: bool) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
+def _make_total(strategy: tf.distribute.Strategy, settings: Train, forward: Callable, params: Variables,
+                batch_stats: Variables, shape: list[int], reduction: str) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
     """Makes total(iterator, num_batches) -> float64, the sum over batches of what `forward` gives over all replicas.
 
     forward(params, batch_stats, batch) takes lists of the values that the variables have at the time.
     """
-    forward = _compile(forward) if jit else forward
+    forward = _compile(forward) if _use_jit(strategy, settings) else forward
 
     def replica_step(batch: Tensors) -> tf.Tensor:
         values = [[tf.convert_to_tensor(v) for v in variables.values()] for variables in (params, batch_stats)]
@@ -188,9 +190,8 @@ def _make_total(strategy: tf.distribute.Strategy, forward: Callable, params: Var
     return total
 
 
-def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: Variables, batch_stats: Variables,
-                       *, normalize: Callable[[tf.Tensor], tf.Tensor],
-                       jit: bool) -> Callable[[Iterator, tf.Tensor], None]:
+def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
+                       params: Variables, batch_stats: Variables) -> Callable[[Iterator, tf.Tensor], None]:
     """Makes estimate_loop(iterator, num_batches), which assigns statistics of these training batches to batch_stats.
 
     The variance is that of all rows: the mean of the batches' variances and the variance of their means. Source: Wu and
@@ -204,7 +205,7 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, par
         packed = tf.concat([tf.reshape(s, [-1]) for s in stats], axis=0)
         return tf.stack([packed, tf.square(packed)])
 
-    total = _make_total(strategy, forward, params, batch_stats, [2, sum(sizes)], 'MEAN', jit)
+    total = _make_total(strategy, settings, forward, params, batch_stats, [2, sum(sizes)], 'MEAN')
 
     @tf.function
     def estimate_loop(iterator, num_batches):
@@ -219,17 +220,14 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, par
     return estimate_loop
 
 
-def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params: Variables, batch_stats: Variables, *,
-                   normalize: Callable[[tf.Tensor], tf.Tensor], flip: bool,
-                   jit: bool) -> Callable[[Iterator, tf.Tensor], Tensors]:
+def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
+                   params: Variables, batch_stats: Variables) -> Callable[[Iterator, tf.Tensor], Tensors]:
     """Makes eval_loop(iterator, num_batches) -> sums over the unmasked rows: 'examples', 'loss', 'top1', 'top5'; and
     'rows', the number of all rows that are no padding.
-
-    With `flip` logits are the mean of those of an image and of its mirror image.
     """
     def forward(params: list[tf.Tensor], batch_stats: list[tf.Tensor], batch: Tensors) -> tf.Tensor:
         images = normalize(batch['image'])
-        views = [images, tf.reverse(images, [2])] if flip else [images]
+        views = [images, tf.reverse(images, [2])] if settings.eval_flip else [images]
         logits = sum(model.stateless_call(params, batch_stats, view, training=False)[0] for view in views) / len(views)
         losses = smoothed_cross_entropy(logits, batch['label'])
         sums = masked_sums(logits, losses, batch['label'], batch['mask'])
@@ -237,5 +235,5 @@ def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, params:
         return tf.stack([sums[name] for name in names])
 
     names = (*SUMS, 'rows')
-    total = _make_total(strategy, forward, params, batch_stats, [len(names)], 'SUM', jit)
+    total = _make_total(strategy, settings, forward, params, batch_stats, [len(names)], 'SUM')
     return tf.function(lambda iterator, num_batches: dict(zip(names, tf.unstack(total(iterator, num_batches)))))

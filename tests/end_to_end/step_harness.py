@@ -77,6 +77,7 @@ class Trainer:
 
     strategy: tf.distribute.Strategy
     model: keras.Model
+    settings: Train
     state: TrainState
     loop: tf.types.experimental.PolymorphicFunction
 
@@ -95,7 +96,7 @@ class Trainer:
 
 def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALIZE, precision='float32',
           ema_decay=None, jit=False, sync_batch_norm=False, clip_norm=None, adaptive_clip=None, accumulate=1,
-          optimizer=sgd, all_reduce_dtype='float32'):
+          optimizer=sgd, all_reduce_dtype='float32', eval_flip=False):
     # Strategies of one process use the same keys for their collectives, and fail where these differ in size.
     # TensorFlow's own tests keep them apart in this way; moved on behind it too, for whatever test comes next.
     tf.distribute.MirroredStrategy._collective_key_base += 100_000
@@ -104,15 +105,15 @@ def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALI
     settings = Train(epochs=1, global_batch_size=rows, model=network, optimizer=optimizer, schedule=lambda: None,
                      precision=precision, ema_decay=ema_decay, accumulate=accumulate, label_smoothing=LABEL_SMOOTHING,
                      clip_norm=clip_norm, adaptive_clip=adaptive_clip, sync_batch_norm=sync_batch_norm,
-                     all_reduce_dtype=all_reduce_dtype)
+                     all_reduce_dtype=all_reduce_dtype, jit=jit, eval_flip=eval_flip)
     model, state, update = build_model_and_state(settings, strategy, CLASSES)
     rng = np.random.default_rng(3)
     for path, variable in state.batch_stats.items():
         low, high = (-0.2, 0.2) if path.endswith('moving_mean') else (0.5, 2)
         variable.assign(rng.uniform(low, high, variable.shape).astype(np.float32))
     loop = make_train_loop(strategy, model, state, settings, normalize=normalize, update_fn=update,
-                           schedule=lambda step: tf.constant(0.1), jit=jit)
-    return Trainer(strategy, model, state, loop)
+                           schedule=lambda step: tf.constant(0.1))
+    return Trainer(strategy, model, settings, state, loop)
 
 
 def make_batch(seed=0, rows=ROWS):

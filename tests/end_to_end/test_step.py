@@ -116,12 +116,11 @@ def test_four_parts_compute_what_four_replicas_compute(num_replicas, options):
 
 @pytest.mark.parametrize(('num_replicas', 'flip'), [(1, True), (2, False), (4, False)])
 def test_evaluation_counts_each_example_once(num_replicas, flip):
-    trainer = build(num_replicas=num_replicas)
+    trainer = build(num_replicas=num_replicas, eval_flip=flip)
     batches = [make_batch(1), make_batch(2)]
     batches[1]['mask'][5:] = 0
     batches[1]['image'][5:], batches[1]['label'][5:] = 0, 0
-    loop = make_eval_loop(trainer.strategy, trainer.model, *trainer.state.weights('raw'), normalize=NORMALIZE,
-                          flip=flip, jit=False)
+    loop = make_eval_loop(trainer.strategy, trainer.model, trainer.settings, NORMALIZE, *trainer.state.weights('raw'))
     iterator = iter(distribute(trainer.strategy, lambda **shard: tf.data.Dataset.from_tensor_slices(
         {key: np.stack([batch[key] for batch in batches]) for key in batches[0]})))
     sums = {name: float(value) for name, value in loop(iterator, tf.constant(2)).items()}
@@ -145,8 +144,8 @@ def test_statistics_that_are_taken_anew_are_those_of_all_rows(num_replicas):
     before = trainer.values('batch_stats/')
     with trainer.strategy.scope():
         estimated = {path: tf.Variable(v, trainable=False) for path, v in trainer.state.batch_stats.items()}
-    loop = make_estimate_loop(trainer.strategy, trainer.model, trainer.state.params, estimated, normalize=NORMALIZE,
-                              jit=False)
+    loop = make_estimate_loop(trainer.strategy, trainer.model, trainer.settings, NORMALIZE, trainer.state.params,
+                              estimated)
     loop(iter(distribute(trainer.strategy, lambda **shard: tf.data.Dataset.from_tensor_slices(
         {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}))), tf.constant(3))
     stem = trainer.model.get_layer('stem').conv
