@@ -39,9 +39,9 @@ def lower_step(rows: int, num_replicas: int, image_size: int, width: float, prec
     keras.config.set_dtype_policy(precision)
     model = ghostnet(1000, width, image_size=None)
     init, update = optimizer.sgd(momentum=0.9, weight_decay=4e-5)
-    values = build_train_state(model, init).read()
     settings = Train(epochs=1, global_batch_size=rows * num_replicas, label_smoothing=0.1, model=lambda: model,
                      optimizer=optimizer.sgd, schedule=schedule.cosine)
+    values = build_train_state(model, init, settings).read()
     step = make_step(
         model, settings, normalize=make_normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), update_fn=update,
         schedule=schedule.cosine(0.8, num_steps=100_000), num_replicas=num_replicas, jit=False)

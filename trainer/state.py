@@ -1,5 +1,4 @@
 """TrainState: every variable of a run under a stable name. Checkpoints, evaluation and export are functions of it."""
-import types
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,7 +13,6 @@ from trainer.recipe import ConfigError, Train
 
 Variables = dict[str, tf.Variable]
 Tensors = dict[str, tf.Tensor]
-
 
 # What a step computes anew: the values of TrainState's fields after step and position.
 Values = namedtuple('Values', 'params batch_stats slots ema loss_scale guard')
@@ -59,9 +57,8 @@ class TrainState(NamedTuple):
             variable.assign(tensors[name])
 
 
-def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: bool = False, precision: str = 'float32',
-                      guard: Mapping[str, tf.Tensor] = types.MappingProxyType({})) -> TrainState:
-    """Builds the state around the variables of `model`; guard: see guard.py. To be called in the strategy's scope."""
+def build_train_state(model: keras.Model, init_slots: Callable, settings: Train) -> TrainState:
+    """Builds the state around the variables of `model`. To be called in the strategy's scope."""
     def by_path(variables):  # without the model's own name, which Keras numbers by the order of construction
         return {v.path.removeprefix(f'{model.name}/'): v.value for v in variables}
 
@@ -79,10 +76,10 @@ def build_train_state(model: keras.Model, init_slots: Callable, *, with_ema: boo
 
     initial = {path: tf.convert_to_tensor(v) for path, v in params.items()}
     slots = {slot: build_variables(tensors) for slot, tensors in init_slots(initial).items()}
-    ema = build_variables(params | batch_stats if with_ema else {})
-    loss_scale = build_variables(init_loss_scale(precision))
-    return TrainState(scalar('step'), scalar('position'), params, batch_stats, slots, ema, loss_scale,
-                      build_variables(guard))
+    ema = build_variables({} if settings.ema_decay is None else params | batch_stats)
+    loss_scale = build_variables(init_loss_scale(settings.precision))
+    guard = build_variables(init_guard(settings.spike_factor, settings.rollback_after))
+    return TrainState(scalar('step'), scalar('position'), params, batch_stats, slots, ema, loss_scale, guard)
 
 
 def num_logits(model: keras.Model) -> int:
@@ -96,8 +93,7 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
                           num_classes: int) -> tuple[keras.Model, TrainState, Callable]:
     """Builds the model, its state and the optimizer's update on the devices of `strategy`; num_classes: of the data.
 
-    Raises:
-        ConfigError: a batch that the replicas do not divide, or more classes in the data than in the model.
+    Raises ConfigError: a batch that the replicas do not divide, or more classes in the data than in the model.
     """
     replicas, parts, rows = strategy.num_replicas_in_sync, settings.accumulate, settings.global_batch_size
     if rows % (replicas * parts):
@@ -112,9 +108,7 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     try:
         with strategy.scope():
             model = settings.model()
-            state = build_train_state(model, init_slots, with_ema=settings.ema_decay is not None,
-                                      precision=settings.precision,
-                                      guard=init_guard(settings.spike_factor, settings.rollback_after))
+            state = build_train_state(model, init_slots, settings)
     except ValueError as error:  # of a value that the network refuses
         raise ConfigError(str(error).splitlines()[0]) from error
     finally:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer import checkpoint
 from trainer.optimizer import sgd
-from trainer.recipe import ConfigError
+from trainer.recipe import ConfigError, Train
 from trainer.state import build_train_state
 
 META = {'fingerprint': {'train.seed': '0'}, 'tensorflow': tf.__version__, 'threads': [2, 2]}
@@ -28,6 +28,10 @@ class Killed(BaseException):
 @pytest.fixture
 def directory(tmp_path):
     return tmp_path / 'run' / 'checkpoints'
+
+
+def settings(**values):
+    return Train(epochs=1, global_batch_size=8, model=len, optimizer=len, schedule=len, **values)
 
 
 def variables_of(value):
@@ -66,7 +70,7 @@ def test_tensorflows_own_loaders_read_it(directory):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name='head'),
                               keras.layers.BatchNormalization(name='bn')], name='numbered_by_the_process_7')
-    state = build_train_state(model, sgd()[0], with_ema=True)
+    state = build_train_state(model, sgd()[0], settings(ema_decay=0.9))
     state.step.assign(7)
     state.position.assign(7 * 32)
     path = checkpoint.save(directory, 7, state.variables(), META, keep=3)
@@ -91,7 +95,7 @@ def test_a_restored_state_is_the_saved_one(directory):
     def build(seed):
         keras.utils.set_random_seed(seed)
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name='head')])
-        return build_train_state(model, sgd()[0])
+        return build_train_state(model, sgd()[0], settings())
 
     saved, other = build(0), build(1)
     saved.step.assign(5)
