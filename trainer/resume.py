@@ -19,7 +19,7 @@ from ghostnet import load_pytorch_weights
 from trainer import checkpoint
 from trainer.recipe import ConfigError, Train
 from trainer.state import TrainState
-from trainer.strategy import describe_worker, is_chief
+from trainer.strategy import describe_worker
 
 
 def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: TrainState, now: Mapping[str, Any],
@@ -29,13 +29,11 @@ def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: Tra
     `now` has the 'fingerprint', which must be the checkpoint's unless `allow_change`, and what else bits depend on.
     Raises ConfigError: another recipe or model, all are damaged, or workers differ in checkpoint or recipe.
     """
-    def of_first(value: int) -> int:
-        return sum_over_workers(value if is_chief(strategy) else 0)
-
     path = checkpoint.latest_valid(directory)
     found = checkpoint.step_of(path) if path else -1
     recipe_hash = zlib.crc32(json.dumps(now['fingerprint'], sort_keys=True).encode())
-    first_found, first_hash = of_first(found), of_first(recipe_hash)
+    first_found, first_hash = (sum_over_workers(value if strategy.extended.should_checkpoint else 0)
+                               for value in (found, recipe_hash))  # of worker 0, which alone writes checkpoints
     if found != first_found:
         seen, first_seen = (f'step {step}' if step >= 0 else 'no checkpoint' for step in (found, first_found))
         raise ConfigError(f'{describe_worker(strategy)} finds {seen} in {directory}, worker 0 {first_seen}: --workdir '
@@ -66,12 +64,12 @@ def start_from(path: str, model: keras.Model, state: TrainState) -> None:
     `path` is a checkpoint directory of this trainer's, or a file that `ghostnet.load_pytorch_weights` reads.
     Raises ConfigError: no such file, a damaged checkpoint, or nothing in it that fits.
     """
-    weights = {f'params/{key}': v for key, v in state.params.items()}
-    weights |= {f'batch_stats/{key}': v for key, v in state.batch_stats.items()}
     if Path(path).is_dir():
         if damage := checkpoint.find_damage(Path(path)):
             raise ConfigError(f'train.initial_weights is {path!r}: {damage}; it must be a directory ckpt-<step>')
-        tensors, left_out = checkpoint.load_fitting(Path(path), weights, ('params/', 'batch_stats/'))
+        kinds = ('params/', 'batch_stats/')
+        weights = {name: variable for name, variable in state.variables().items() if name.startswith(kinds)}
+        tensors, left_out = checkpoint.load_fitting(Path(path), weights, kinds)
         if not tensors:
             raise ConfigError(f'train.initial_weights is {path!r}, of which nothing fits: {left_out}')
         for name, tensor in tensors.items():

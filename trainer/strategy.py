@@ -76,11 +76,6 @@ def has_accelerator() -> bool:
     return bool(tf.config.list_physical_devices('GPU') or tf.config.list_physical_devices('TPU'))
 
 
-def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process writes to the workdir: the first worker, or the only one."""
-    return strategy.extended.should_checkpoint
-
-
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     """Whether other processes take part."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
