@@ -78,6 +78,15 @@ class Config(NamedTuple):
     fingerprint: dict[str, str]  # {'train.seed': '0', ...}, defaults included: what a resume must match
     text: str  # all bindings
 
+    def write(self, workdir: Path) -> None:
+        """Writes what was bound, config.gin, and taken, operative_config.gin. Raises ConfigError if it cannot."""
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / 'config.gin').write_text(self.text)
+            (workdir / 'operative_config.gin').write_text(operative_text())
+        except OSError as error:
+            raise ConfigError(f'--workdir {workdir} cannot be written: {error}') from error
+
 
 def load(files: Sequence[str], params: Sequence[str]) -> Config:
     """Parses gin/defaults.gin, then `files` from left to right, then `params`, and checks every binding.

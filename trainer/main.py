@@ -94,7 +94,6 @@ def _describe_cluster(workers: list[str], index: int | None) -> None:
 
 def _run_mode(config, strategy, workdir: Path, should_stop: Callable[[], bool]) -> None:
     import input_pipeline
-    from trainer import config as config_module
     from trainer import evaluate, loop
     name, data_dir, prepare = _find_data(config.data)
     eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
@@ -105,17 +104,8 @@ def _run_mode(config, strategy, workdir: Path, should_stop: Callable[[], bool]) 
     if _FLAGS.mode == 'eval':
         print(json.dumps(evaluate.evaluate_checkpoint(config.train, config.data, config.evaluate, **common)))
         return
-
-    def write_config(workdir: Path) -> None:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / 'config.gin').write_text(config.text)
-            (workdir / 'operative_config.gin').write_text(config_module.operative_text())
-        except OSError as error:
-            raise ConfigError(f'--workdir {workdir} cannot be written: {error}') from error
-
     loop.train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
-               write_config=write_config, should_stop=should_stop, **common)
+               write_config=config.write, should_stop=should_stop, **common)
 
 
 def _find_data(data) -> tuple[str, str, bool]:
