@@ -31,8 +31,7 @@ class Saver:
 
     def __init__(self, directory: Path | None, variables: Mapping[str, tf.Variable], settings: Train):
         self._directory, self._variables = directory, variables
-        self._every_secs = settings.checkpoint_every_secs or math.inf
-        self._retry_secs = settings.save_retry_secs
+        self._every_secs, self._retry_secs = settings.checkpoint_every_secs or math.inf, settings.save_retry_secs
         self._retention = {'keep': settings.keep_checkpoints, 'keep_every': settings.keep_every_steps,
                            'periodic': settings.checkpoint_every_steps}
         self._pool = ThreadPoolExecutor(1, 'saver')
