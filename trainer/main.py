@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -62,7 +61,9 @@ def main(argv: list[str]) -> int:
 def _run(signals) -> None:
     import tensorflow as tf
 
+    import input_pipeline
     from trainer import config as config_module
+    from trainer import evaluate, loop
     from trainer.exits import leave
     from trainer.preemption import explain_lost_peer
     config = config_module.load(_FLAGS.gin_file, _FLAGS.gin_param)
@@ -74,7 +75,17 @@ def _run(signals) -> None:
     strategy = config.build_strategy()
     signals.install()
     try:
-        _run_mode(config, strategy, workdir, signals)
+        name, data_dir, prepare = _find_data(config.data)
+        eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
+        needs_train = _FLAGS.mode == 'train' or config.train.eval_precise_batch_norm
+        train_source = input_pipeline.open_source(name, data_dir, config.data.train_split) if needs_train else None
+        common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset,
+                  'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
+        if _FLAGS.mode == 'eval':
+            print(json.dumps(evaluate.evaluate_checkpoint(config.train, config.data, config.evaluate, **common)))
+        else:
+            loop.train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
+                       write_config=config.write, should_stop=signals, **common)
     except tf.errors.OpError as error:
         if reason := explain_lost_peer(strategy, error):
             leave(reason)
@@ -90,22 +101,6 @@ def _describe_cluster(workers: list[str], index: int | None) -> None:
     require(index is not None and 0 <= index < len(workers), '--worker_index', index,
             f'in 0..{len(workers) - 1}' if workers else 'left out without --workers')
     os.environ['TF_CONFIG'] = json.dumps({'cluster': {'worker': workers}, 'task': {'type': 'worker', 'index': index}})
-
-
-def _run_mode(config, strategy, workdir: Path, should_stop: Callable[[], bool]) -> None:
-    import input_pipeline
-    from trainer import evaluate, loop
-    name, data_dir, prepare = _find_data(config.data)
-    eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
-    needs_train = _FLAGS.mode == 'train' or config.train.eval_precise_batch_norm
-    train_source = input_pipeline.open_source(name, data_dir, config.data.train_split) if needs_train else None
-    common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset,
-              'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
-    if _FLAGS.mode == 'eval':
-        print(json.dumps(evaluate.evaluate_checkpoint(config.train, config.data, config.evaluate, **common)))
-        return
-    loop.train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
-               write_config=config.write, should_stop=should_stop, **common)
 
 
 def _find_data(data) -> tuple[str, str, bool]:
