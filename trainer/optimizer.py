@@ -23,11 +23,7 @@ def is_decayed(path: str) -> bool:
 
 
 def sgd(*, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
-    """Stochastic gradient descent with momentum, as torch.optim.SGD computes it (dampening 0).
-
-    g = grad + weight_decay * p for kernels (L2 added to the gradient), v = momentum * v + g,
-    p -= learning_rate * (g + momentum * v if nesterov else v).
-    """
+    """SGD with momentum as torch.optim.SGD has it (dampening 0); weight decay is L2, added to kernels' gradients."""
     require(is_number(momentum, 0, 1), 'sgd.momentum', momentum, 'a number, at least 0 and below 1')
     require(is_number(weight_decay, 0), 'sgd.weight_decay', weight_decay, 'a number, at least 0')
     require(isinstance(nesterov, bool), 'sgd.nesterov', nesterov, 'True or False')
@@ -44,10 +40,9 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
             weight_decay: float = 0.0) -> Optimizer:
     """RMSprop as TensorFlow 1 computes it, under which the MobileNet and EfficientNet recipes were found.
 
-    g = grad + weight_decay * p for kernels (L2 added to the gradient), s = decay * s + (1 - decay) * g**2 from s = 1,
-    v = momentum * v + learning_rate * g / sqrt(s + epsilon), p -= v.
-    It differs from PyTorch's and Keras' by s = 1 at the start, by epsilon inside the root (PyTorch), and by the rate
-    inside v (PyTorch): what v holds goes on at the rate under which it came in.
+    Weight decay is L2 added to the gradients of kernels. It differs from PyTorch's and Keras' by a mean square of 1 at
+    the start, by epsilon inside the root (PyTorch), and by the rate inside the momentum (PyTorch): what that holds goes
+    on at the rate under which it came in.
 
     Source: Tieleman and Hinton, "Neural Networks for Machine Learning", lecture 6.5, 2012; the kernel ApplyRMSProp of
     TensorFlow with the initial value of tf.compat.v1.train.RMSPropOptimizer; timm's RMSpropTF agrees.
@@ -67,12 +62,9 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
 
 def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
           weight_decay: float = 0.01) -> Optimizer:
-    """Adam with decoupled weight decay, as torch.optim.AdamW computes it.
+    """Adam with decoupled weight decay of kernels, as torch.optim.AdamW computes it.
 
-    m = beta_1 * m + (1 - beta_1) * g, v = beta_2 * v + (1 - beta_2) * g**2, with t = step + 1
-    r = m / (1 - beta_1**t) / (sqrt(v / (1 - beta_2**t)) + epsilon),
-    p -= learning_rate * (r + weight_decay * p for kernels, r for all else).
-    A step that is skipped counts in t too: the correction matters in the first steps of a run only.
+    The bias correction counts skipped steps too: it matters in the first steps of a run only.
 
     Source: Kingma and Ba, "Adam", ICLR 2015, algorithm 1; Loshchilov and Hutter, "Decoupled weight decay
     regularization", ICLR 2019, algorithm 2, where the schedule alone scales the decay; here the rate does.
@@ -83,10 +75,9 @@ def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
 def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6, weight_decay: float = 0.01) -> Optimizer:
     """Adam whose step has, in each kernel, a length in proportion to the kernel's own: for large batches.
 
-    r as in `adamw`. For kernels u = r + weight_decay * p and p -= learning_rate * (|p| / |u|) * u, where the ratio is 1
-    if either norm is 0 (phi is the identity: the ratio is not clipped); for all else p -= learning_rate * r.
-    That only kernels get the ratio is timm's and NVIDIA's choice; the paper gives it to every layer. Their clipping of
-    the gradient's global norm to 1 is train.clip_norm = 1.0 here.
+    The step u of a kernel p, decay included, is scaled by |p| / |u|, which is not clipped, and by 1 if either is 0; all
+    else steps as in `adamw`. That only kernels get the ratio is timm's and NVIDIA's choice; the paper gives it to every
+    layer. Their clipping of the gradient's global norm to 1 is train.clip_norm = 1.0 here.
 
     Source: You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", ICLR 2020,
     algorithm 2; timm's Lamb.

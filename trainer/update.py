@@ -18,8 +18,6 @@ def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
     A gradient, statistic or loss that is not finite, or whatever else guard.py refuses, leaves all values but the loss
     scale and the guard as they are. update_fn is the optimizer's, see optimizer.py; schedule: step -> learning rate.
     """
-    clip_norm, adaptive_clip = settings.clip_norm, settings.adaptive_clip
-
     def update(values: Values, grads: Tensors, new_stats: Tensors, loss: tf.Tensor, step: tf.Tensor):
         params, batch_stats, slots, ema, loss_scale, guard = values
         if loss_scale:
@@ -32,8 +30,11 @@ def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
                                          is_searching)
 
         def take():
-            clipped = grads if clip_norm is None else clip_by_global_norm(grads, norm, clip_norm)
-            clipped = clipped if adaptive_clip is None else clip_adaptively(clipped, params, adaptive_clip)
+            clipped = grads
+            if settings.clip_norm is not None:
+                clipped = clip_by_global_norm(grads, norm, settings.clip_norm)
+            elif settings.adaptive_clip is not None:
+                clipped = clip_adaptively(grads, params, settings.adaptive_clip)
             new_params, new_slots = update_fn(clipped, slots, params, schedule(step), step)
             new_ema = ema_update(ema, new_params | new_stats, settings.ema_decay, step) if ema else {}
             return new_params, new_stats, new_slots, new_ema
