@@ -73,13 +73,11 @@ def save(directory: Path, step: int, values: Mapping[str, Any], meta: Mapping[st
 def _write(aside: Path, step: int, values: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     tf.raw_ops.SaveV2(prefix=str(aside / 'state'), tensor_names=list(values), shape_and_slices=[''] * len(values),
                       tensors=[tf.convert_to_tensor(v) for v in values.values()])
-    files = sorted(p.name for p in aside.iterdir())
-    meta = {**meta, 'step': step, 'sha256': {name: _sha256(aside / name) for name in files}}
+    meta = {**meta, 'step': step, 'sha256': {path.name: _sha256(path) for path in sorted(aside.iterdir())}}
     meta['sha256']['meta.json'] = _sha256_of_meta(meta)
     (aside / 'meta.json').write_text(json.dumps(meta, indent=1))
-    for name in [*files, 'meta.json']:
-        _flush(aside / name)
-    _flush(aside)
+    for path in [*aside.iterdir(), aside]:
+        _flush(path)
 
 
 def remove_after(directory: Path, step: int) -> None:

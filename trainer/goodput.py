@@ -21,10 +21,8 @@ class Goodput:
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
         started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[kind] += time.perf_counter() - started
+        yield
+        self.seconds[kind] += time.perf_counter() - started
 
     def spent_on_steps(self, secs: float, wait_secs: float, is_traced: bool) -> None:
         """Counts a loop of steps, which waited for data meanwhile; one that was not traced before has compiled."""

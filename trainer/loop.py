@@ -54,7 +54,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     model, state, update = build_model_and_state(settings, strategy, num_classes)
     meta = {'fingerprint': {**fingerprint, 'number of training examples': str(len(train_source))},
             **describe_environment(strategy)}
-    sum_over_workers, is_writer = make_sum_over_workers(strategy), strategy.extended.should_checkpoint  # one for all
+    sum_over_workers = make_sum_over_workers(strategy)
+    is_writer = strategy.extended.should_checkpoint  # one worker writes for all
     resumed = restore_latest(workdir / 'checkpoints', strategy, state, meta, settings.allow_config_change,
                              sum_over_workers)
     if not resumed and settings.initial_weights is not None:

@@ -12,8 +12,6 @@ import tensorflow as tf
 from trainer.exits import leave
 from trainer.recipe import ConfigError, is_number, require
 
-NAMES = ('auto', 'one_device', 'mirrored', 'multi_worker', 'tpu')
-
 
 def build_strategy(name: str = 'auto', num_devices: int | None = None, op_threads: int | None = None,
                    timeout_secs: float = 300.0, tpu: str = 'local') -> tf.distribute.Strategy:
@@ -29,7 +27,8 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
         timeout_secs: how long a worker of 'multi_worker' waits for the others in a collective before it gives up.
         tpu: 'local' on a TPU VM, or the name of a TPU.
     """
-    require(name in NAMES, 'build_strategy.name', name, f'one of {", ".join(NAMES)}')
+    names = ('auto', 'one_device', 'mirrored', 'multi_worker', 'tpu')
+    require(name in names, 'build_strategy.name', name, f'one of {", ".join(names)}')
     for key, value in (('num_devices', num_devices), ('op_threads', op_threads)):
         require(value is None or isinstance(value, int) and value > 0, f'build_strategy.{key}', value,
                 'None or a positive integer')
