@@ -93,8 +93,7 @@ def latest_valid(directory: Path) -> Path | None:
     """
     paths = list_checkpoints(directory)
     for path in reversed(paths):
-        damage = find_damage(path)
-        if not damage:
+        if not (damage := find_damage(path)):
             return path
         logging.warning('checkpoint %s is damaged (%s): passed over', path, damage)
     if paths:

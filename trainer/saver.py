@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ class Saver:
         self._every_secs, self._retry_secs = settings.checkpoint_every_secs or math.inf, settings.save_retry_secs
         self._retention = {'keep': settings.keep_checkpoints, 'keep_every': settings.keep_every_steps,
                            'periodic': settings.checkpoint_every_steps}
-        self._pool = ThreadPoolExecutor(1, 'saver')
-        self._job: Future | None = None
+        self._pool, self._job = ThreadPoolExecutor(1, 'saver'), None
         self._failing_since, self._tried_at = math.inf, time.monotonic()
 
     def save(self, step: int, meta: Mapping[str, Any]) -> None:

@@ -131,8 +131,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
     The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
     'grad_norm' and 'skipped' over steps; 'data_wait_secs'. step_arguments: those of `make_step` that are not here.
-
-    Raises ConfigError: train.jit does not fit train.sync_batch_norm.
+    Raises ConfigError: XLA cannot compile what the settings ask for.
     """
     step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync, jit=_use_jit(strategy, settings),
                      **step_arguments)
