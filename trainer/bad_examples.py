@@ -1,5 +1,4 @@
 """workdir/bad_examples.jsonl: the examples that cannot be used. Their rows are masked and count in nothing."""
-import contextlib
 import json
 import logging
 import math
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import input_pipeline
 from trainer.recipe import ConfigError
+from trainer.telemetry import read_json_lines
 
 
 class BadExamples:
@@ -60,10 +60,5 @@ class BadExamples:
                 logging.warning('%s cannot be written: %s', self._path, error)
 
     def _read(self) -> dict[int, str]:
-        known = {}
-        text = self._path.read_text('utf-8', errors='replace') if self._path and self._path.exists() else ''
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # of a line that a kill cut short
-                entry = json.loads(line)
-                known |= {entry['index']: entry['reason']} if entry['source'] == self._source.name else {}
-        return known
+        entries = [entry for _, entry in read_json_lines(self._path, 'index')] if self._path else []
+        return {entry['index']: entry.get('reason') for entry in entries if entry.get('source') == self._source.name}

@@ -38,7 +38,6 @@ def save(directory: Path, step: int, values: Mapping[str, Any], meta: Mapping[st
 
     `values` are variables or arrays by the names they are stored under; `meta`, JSON-able, gets the checksums too. The
     newest `keep` are kept, those whose step is a multiple of `keep_every`, and the newest at a multiple of `periodic`.
-
     Raises OSError, tf.errors.OpError: it could not be written; what was written is removed.
     """
     final = directory / f'ckpt-{step:08d}'

@@ -25,7 +25,7 @@ from trainer.saver import Saver, keep_best
 from trainer.state import build_model_and_state
 from trainer.step import make_normalize, make_sum_over_workers, make_train_loop
 from trainer.strategy import take_turns
-from trainer.telemetry import Telemetry, eval_line, progress_line, read_reports, train_metrics
+from trainer.telemetry import Telemetry, eval_line, progress_line, read_json_lines, train_metrics
 
 
 def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, train_source: input_pipeline.Source,
@@ -39,7 +39,6 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     binds. `workdir`, see the README, is made if absent once everything has been checked; then write_config(workdir) is
     called. `fingerprint` is what a resumed run must have in common with the checkpoint. should_stop is asked after each
     loop of steps; if any worker's says so, all save and stop.
-
     Raises ConfigError: the recipe does not fit the data, the devices or the checkpoint; too many bad examples; numbers
     that go wrong again and again. StoppedEarly: should_stop said so, and everything is saved. SaveError: nothing could
     be saved for train.save_retry_secs.
@@ -61,7 +60,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     if not resumed and settings.initial_weights is not None:
         start_from(settings.initial_weights, model, state)
     step = int(state.step.numpy())
-    reports = [report for _, report in read_reports(workdir / 'metrics.jsonl')]
+    reports = [report for _, report in read_json_lines(workdir / 'metrics.jsonl', 'step')]
     goodput.resume(resumed.get('seconds', {}), max(map(reported_seconds, reports), default=0.0))
     reports = [report for report in reports if report['step'] <= step]
     # A run that was stopped on its way through an evaluation has saved without its results.

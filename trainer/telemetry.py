@@ -36,7 +36,7 @@ class Telemetry:
         self._resumed_step, self._writers, self._unwritten = step, {}, b''
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / 'metrics.jsonl'
-        kept = ''.join(line for line, found in read_reports(path) if found['step'] <= step).encode()
+        kept = ''.join(line for line, found in read_json_lines(path, 'step') if found['step'] <= step).encode()
         if path.exists() and kept != path.read_bytes():  # without steps that are made again, or a line cut by a kill
             aside = path.with_suffix('.writing')
             aside.write_bytes(kept)
@@ -117,11 +117,11 @@ def eval_line(step: int, results: Mapping[str, float], secs: float) -> str:
     return f'step {step}  {"  ".join(parts)}  ({results["eval/examples"]} examples, {secs:.1f} s)'
 
 
-def read_reports(path: Path) -> list[tuple[str, dict]]:
-    """Lines of metrics.jsonl and what they say; without those that report() did not finish."""
-    reports = []
+def read_json_lines(path: Path, key: str) -> list[tuple[str, dict]]:
+    """The lines that hold an object with an integer `key`, and what they say; without one that was cut short."""
+    lines = []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True) if path.exists() else []:
         with contextlib.suppress(ValueError):
             found = json.loads(line) if line.endswith('\n') else None
-            reports += [(line, found)] if isinstance(found, dict) and isinstance(found.get('step'), int) else []
-    return reports
+            lines += [(line, found)] if isinstance(found, dict) and isinstance(found.get(key), int) else []
+    return lines
