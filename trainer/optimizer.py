@@ -28,7 +28,7 @@ def sgd(*, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 
     require(is_number(weight_decay, 0), 'sgd.weight_decay', weight_decay, 'a number, at least 0')
     require(isinstance(nesterov, bool), 'sgd.nesterov', nesterov, 'True or False')
 
-    def rule(p, g, decayed, learning_rate, constants, v):
+    def rule(p, g, decayed, learning_rate, step, v):
         g = g + weight_decay * p if weight_decay and decayed else g
         v = momentum * v + g
         return p - learning_rate * (g + momentum * v if nesterov else v), v
@@ -51,7 +51,7 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
         require(is_number(value, 0, 1), f'rmsprop.{name}', value, 'a number, at least 0 and below 1')
     _require_epsilon_and_weight_decay('rmsprop', epsilon, weight_decay)
 
-    def rule(p, g, decayed, learning_rate, constants, s, v):
+    def rule(p, g, decayed, learning_rate, step, s, v):
         g = g + weight_decay * p if weight_decay and decayed else g
         s += (1 - decay) * (g * g - s)
         v = momentum * v + learning_rate * g / tf.sqrt(s + epsilon)
@@ -96,39 +96,35 @@ def _adam(name: str, beta_1: float, beta_2: float, epsilon: float, weight_decay:
         require(is_number(value, 0, 1) and value > 0, f'{name}.{parameter}', value, 'a number, above 0 and below 1')
     _require_epsilon_and_weight_decay(name, epsilon, weight_decay)
 
-    def corrections(step):
-        t = tf.cast(step, tf.float32) + 1
-        # 1 - beta**t, but by expm1: float32 would lose four of its digits in the difference.
-        return [-tf.math.expm1(t * math.log(beta)) for beta in (beta_1, beta_2)]
-
-    def rule(p, g, decayed, learning_rate, constants, m, v):
+    def rule(p, g, decayed, learning_rate, step, m, v):
         m += (1 - beta_1) * (g - m)
         v += (1 - beta_2) * (g * g - v)
-        u = m / constants[0] / (tf.sqrt(v / constants[1]) + epsilon)
+        t = tf.cast(step, tf.float32) + 1
+        # 1 - beta**t, but by expm1: float32 would lose four of its digits in the difference.
+        bias_1, bias_2 = (-tf.math.expm1(t * math.log(beta)) for beta in (beta_1, beta_2))
+        u = m / bias_1 / (tf.sqrt(v / bias_2) + epsilon)
         if decayed:
             u += weight_decay * p
             learning_rate = learning_rate * kernel_ratio(p, u)
         return p - learning_rate * u, m, v
 
-    return _for_each_parameter(rule, {'first_moment': tf.zeros_like, 'second_moment': tf.zeros_like}, corrections)
+    return _for_each_parameter(rule, {'first_moment': tf.zeros_like, 'second_moment': tf.zeros_like})
 
 
-def _for_each_parameter(rule: Callable, slots_like: dict[str, Callable],
-                        constants_at: Callable = lambda step: None) -> Optimizer:
+def _for_each_parameter(rule: Callable, slots_like: dict[str, Callable]) -> Optimizer:
     """(init, update) from the rule of one parameter p and its gradient g.
 
-    rule(p, g, is_decayed, learning_rate, constants_at(step), *slots) -> (p, *slots), slots in the order of slots_like,
-    {name: function of p that gives the initial value}.
+    rule(p, g, is_decayed, learning_rate, step, *slots) -> (p, *slots), slots in the order of slots_like, {name:
+    function of p that gives the initial value}.
     """
     def init(params):
         return {slot: {path: like(p) for path, p in params.items()} for slot, like in slots_like.items()}
 
     def update(grads, slots, params, learning_rate, step):
-        constants = constants_at(step)
         new_params, new_slots = {}, {slot: {} for slot in slots_like}
         for path, p in params.items():
             old = [slots[slot][path] for slot in slots_like]
-            new_params[path], *new = rule(p, grads[path], is_decayed(path), learning_rate, constants, *old)
+            new_params[path], *new = rule(p, grads[path], is_decayed(path), learning_rate, step, *old)
             for slot, value in zip(slots_like, new):
                 new_slots[slot][path] = value
         return new_params, new_slots
