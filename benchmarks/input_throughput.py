@@ -6,7 +6,8 @@ All read the same JPEGs (input_throughput_others.py says how they and the other 
 shards or a folder that the system has in memory; take a random part of 0.08 to 1 of the area and 3/4 to 4/3 in aspect;
 resize it bilinearly to --image_size; mirror half of the images; and leave batches of 128 in uint8 in host memory, read
 ahead. All use as many threads or worker processes as there are cores. They take turns, see turns.py. What differs:
-  ours                     train_dataset: exact inverse DCT, fancy upsampling, not antialiased; any position, in order
+  ours                     train_dataset: exact inverse DCT, chroma not smoothed, not antialiased; in an order that
+                           is a function of position
   plain tf.data            sequential TFRecords as the guides of TensorFlow say: interleaved shards, a shuffle buffer of
                            1,000, AUTOTUNE, order not kept; not antialiased, fast inverse DCT. Its windows come from
                            sample_distorted_bounding_box: 0.37 of the area on the average, all others' 0.43
@@ -23,8 +24,9 @@ grey level tells that all see the same images) and measurement ('cores_taken': b
 a table and one JSON object: medians over the rounds of the rate and of ours divided by it.
 """
 import argparse
-import functools
+import io
 import json
+import math
 import os
 import random
 import statistics
@@ -74,11 +76,9 @@ def plain(shard_dir: Path, image_size: int, *, uniform_windows: bool = False) ->
     """tf.data with the means of TensorFlow alone, but for `uniform_windows`."""
     import tensorflow as tf
 
-    from input_pipeline.preprocess import crop_window
-
     def choose_window(shape):
         if uniform_windows:
-            return crop_window(tf.random.uniform([22]), shape[0], shape[1], SCALE, RATIO)
+            return uniform_window(shape[:2])
         begin, size, _ = tf.image.sample_distorted_bounding_box(
             shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), min_object_covered=0.0, area_range=SCALE,
             aspect_ratio_range=RATIO, max_attempts=10, use_image_if_no_bounding_boxes=True)
@@ -100,24 +100,39 @@ def plain(shard_dir: Path, image_size: int, *, uniform_windows: bool = False) ->
         yield images
 
 
+def uniform_window(sides):
+    """input_pipeline.preprocess.crop_window by TensorFlow, but for the rounding: int32 [top, left, height, width]."""
+    import tensorflow as tf
+
+    sides = tf.cast(sides, tf.float32)
+    area = tf.reduce_prod(sides) * tf.random.uniform([10], *SCALE)
+    aspect = tf.exp(tf.random.uniform([10], math.log(RATIO[0]), math.log(RATIO[1])))
+    tries = tf.round(tf.sqrt(tf.stack([area / aspect, area * aspect], axis=1)))
+    fits = tf.reduce_all((tries > 0) & (tries <= sides), axis=1)
+    central = tf.minimum(sides, tf.round(sides[::-1] * [1 / RATIO[0], RATIO[1]]))
+    window = tf.where(tf.reduce_any(fits), tries[tf.argmax(fits)], central)
+    place = tf.floor(tf.random.uniform([2]) * (sides - window + 1))
+    return tf.cast(tf.concat([place, window], 0), tf.int32)
+
+
 def crop_and_decode(shard_dir: Path, image_size: int) -> Iterator:
     """Yields the top left pixels of the windows of the first four epochs, again and again."""
     import numpy as np
     import tensorflow as tf
+    from PIL import Image
 
     import input_pipeline
     from input_pipeline.preprocess import crop_window
 
     source = input_pipeline.open_source('tfrecord', str(shard_dir), 'train')
     encoded, _ = source.read(np.arange(len(source)))
-    keys = [[input_pipeline.order.epoch_key(0, epoch), i] for epoch in range(4) for i in range(len(source))]
-
-    @functools.partial(tf.map_fn, elems=(tf.constant(keys, tf.int64), tf.constant(encoded * 4)),
-                       fn_output_signature=tf.int32)
-    def windows(elements):
-        seed, image = elements
-        height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(image))
-        return crop_window(tf.random.stateless_uniform([22], seed), height, width, SCALE, RATIO)
+    windows = []
+    for epoch in range(4):
+        for i, image in enumerate(encoded):
+            width, height = Image.open(io.BytesIO(image)).size
+            key = np.array([input_pipeline.order.epoch_key(0, epoch), i]).view(np.uint64)
+            draws = np.random.Generator(np.random.Philox(key=key)).random(22)
+            windows.append(crop_window(draws, height, width, SCALE, RATIO))
 
     # Only one pixel leaves the map: handing each image to Python would cost more than some of them take to decode.
     images = tf.data.Dataset.from_tensor_slices(encoded).repeat()

@@ -1,5 +1,6 @@
 """Batches: which example stands where, for any number of shards, after any resume, whatever is broken."""
 
+import concurrent.futures
 import itertools
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import input_pipeline
-from input_pipeline import order
+from input_pipeline import order, preprocess, threads
 
 
 @pytest.fixture(scope='module')
@@ -103,7 +104,7 @@ def test_resume_deep_into_training_needs_nothing_before(source):
 def test_batches_do_not_depend_on_the_number_of_threads(source, monkeypatch):
     wanted = train(source, 10, global_batch_size=70)
     for num_threads in (1, 7):
-        monkeypatch.setattr(os, 'sched_getaffinity', lambda pid, n=num_threads: set(range(n)))
+        monkeypatch.setattr(threads, '_POOL', concurrent.futures.ThreadPoolExecutor(num_threads))
         assert_equal(train(source, 10, global_batch_size=70), wanted)
 
 
@@ -116,21 +117,46 @@ def test_two_iterators_of_one_dataset_do_not_disturb_each_other(source):
         np.testing.assert_array_equal(a, wanted['index'])
 
 
-def test_chunks_fit_every_batch_size(source):
+def test_parts_fit_every_batch_size(source):
     wanted = np.concatenate([order.permutation(3, epoch, 37) for epoch in range(12)])
     for size in (1, 31, 37, 67, 96, 130):
         np.testing.assert_array_equal(joined(train(source, 2, global_batch_size=size))['index'], wanted[:2 * size])
 
 
-def test_crop_and_flip_are_replaceable(source):
-    def whole(encoded, seed, image_size):
-        return tf.ensure_shape(tf.image.decode_png(encoded)[:image_size, :image_size], [image_size, image_size, 3])
+def whole(encoded, rng, image_size):
+    """The image's first pixels, none drawn at random."""
+    return preprocess.decode(encoded)[:image_size, :image_size]
 
+
+def test_crop_and_flip_are_replaceable(source):
     for flip in (False, True):
         rows = joined(train(source, 15, crop=whole, flip=flip))
-        is_same = [(image == tf.image.decode_png(source[index][0]).numpy()[:24, :24]).all()
-                   for image, index in zip(rows['image'], rows['index'])]
+        pairs = list(zip(rows['image'], [whole(source[index][0], None, 24) for index in rows['index']]))
+        is_same = [(image == wanted).all() for image, wanted in pairs]
+        assert all(same or (image == wanted[:, ::-1]).all() for same, (image, wanted) in zip(is_same, pairs))
         assert (40 < sum(is_same) < 80) if flip else all(is_same)
+
+
+def test_flip_does_not_follow_the_crop(source):
+    def first_draw(encoded, rng, image_size):
+        image = np.zeros([image_size, image_size, 3], np.uint8)
+        image[0] = int(256 * rng.random(22)[0])
+        image[1, 0] = 1  # on the right if mirrored
+        return image
+
+    images = joined(train(source, 50, crop=first_draw))['image']
+    assert abs(np.corrcoef(images[:, 0, 0, 0], images[:, 1, 0, 0])[0, 1]) < 0.25
+    assert len(np.unique(images[:, 0, 0, 0])) > 150
+
+
+def test_augment_gets_the_crop_and_draws_of_its_own(source):
+    def augment(image, rng):
+        image[0, 0] = int(256 * rng.random())
+        return image
+
+    plain, rows = joined(train(source, 10)), joined(train(source, 10, augment=augment))
+    np.testing.assert_array_equal(rows['image'][:, 1:], plain['image'][:, 1:])
+    assert len(np.unique(rows['image'][:, 0, 0, 0])) > 50
 
 
 @pytest.mark.parametrize('size', [1, 7, 8, 37, 64])

@@ -1,0 +1,42 @@
+"""The threads that read and decode, one for each core the process may use; they are done before the interpreter is."""
+import atexit
+import concurrent.futures
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+_POOL = concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), 'input')
+_callers = set()  # threads of tf.data's in for_each
+
+
+def for_each(function: Callable[[int], None], items: Iterable[int]) -> None:
+    """function(item) of every item, several at a time, in any order; of those that raise, the first one's error.
+
+    Does little or nothing once the interpreter is exiting, when tf.data still fills its buffers.
+    """
+    _callers.add(threading.get_ident())
+    futures = []
+    try:
+        for item in items:
+            futures.append(_POOL.submit(function, item))
+    except RuntimeError:
+        pass  # Only the interpreter closes the pool, when it exits.
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        concurrent.futures.wait(futures)
+        _callers.discard(threading.get_ident())
+
+
+@atexit.register
+def _wait_for_callers() -> None:
+    """Until no one has been seen for a tenth of a second: tf.data starts a few more calls, which return at once.
+
+    A thread that comes back to an interpreter that is gone hangs, or aborts the process.
+    """
+    num_unseen = 0
+    while num_unseen < 10:
+        time.sleep(0.01)
+        num_unseen = 0 if _callers else num_unseen + 1
