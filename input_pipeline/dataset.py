@@ -1,5 +1,7 @@
 """Source and position -> batches, read ahead and decoded in parallel."""
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import cv2
 import numpy as np
@@ -18,14 +20,15 @@ _DEFAULT_CROP = make_random_resized_crop()
 def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 224, seed: int = 0,
                   start_position: int = 0, shard: int = 0, num_shards: int = 1,
                   crop: Crop = _DEFAULT_CROP, flip: bool = True, augment: Augment | None = None,
-                  on_bad: Callable[[int, int], None] | None = None) -> tf.data.Dataset:
+                  on_bad: Callable[[int, int], None] | None = None,
+                  on_times: Callable[[Mapping[str, float]], None] | None = None) -> tf.data.Dataset:
     """Endless batches: rows [shard * B / num_shards, (shard + 1) * B / num_shards) of each global batch of B.
 
     The example at position p is number `order.permutation(seed, p // N, N)[p % N]` of the source's N; the first is at
     `start_position`. Batches straddle epochs; nothing is dropped. What is random in an example depends on (seed, epoch,
     number) alone: the crop, see `preprocess`, with `flip` whether it is mirrored, and what `augment` then makes of it,
     see `augment`. on_bad is called with (position, number) of each example that cannot be used, in some thread, before
-    its batch.
+    its batch; on_times with the seconds that a thread has spent on 'read', 'decode', 'augment' or 'batch'.
 
     Returns:
       Batches of {'image': uint8 [B', image_size, image_size, 3], 'label': int32 [B'], 'index': int64 [B'] number in the
@@ -46,14 +49,13 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
             keys[chosen] = order.epoch_key(seed, int(epoch))
         return indices, np.stack([keys, indices], axis=1).view(np.uint64)
 
-    def preprocess(encoded, rng):
-        image = crop(encoded, rng, image_size)
+    def change(image, rng):
         if flip and rng.random() < 0.5:
             image = cv2.flip(image, 1)
         return augment(image, rng) if augment else image
 
-    return _make_dataset(source, examples, preprocess, image_size, start_position, None, global_batch_size, shard,
-                         num_shards, on_bad)
+    return _make_dataset(source, examples, crop, change, image_size, start_position, None, global_batch_size, shard,
+                         num_shards, on_bad, on_times)
 
 
 def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 224, resize: int = 256,
@@ -78,8 +80,8 @@ def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 22
         indices = np.where(positions < len(source), positions, -1)
         return indices, np.zeros([len(indices), 2], np.uint64)
 
-    return _make_dataset(source, examples, lambda encoded, rng: crop(encoded, rng, image_size), image_size, 0,
-                         -(-len(source) // global_batch_size), global_batch_size, shard, num_shards, on_bad)
+    return _make_dataset(source, examples, crop, lambda image, rng: image, image_size, 0,
+                         -(-len(source) // global_batch_size), global_batch_size, shard, num_shards, on_bad, None)
 
 
 def why_bad(source: Source, index: int) -> str:
@@ -94,9 +96,10 @@ def why_bad(source: Source, index: int) -> str:
     return 'it can be decoded, but train_dataset.crop fails on it'
 
 
-def _make_dataset(source: Source, examples: Callable, preprocess: Callable, image_size: int, start_position: int,
+def _make_dataset(source: Source, examples: Callable, crop: Crop, change: Augment, image_size: int, start_position: int,
                   num_batches: int | None, global_batch_size: int, shard: int, num_shards: int,
-                  on_bad: Callable[[int, int], None] | None) -> tf.data.Dataset:
+                  on_bad: Callable[[int, int], None] | None,
+                  on_times: Callable[[Mapping[str, float]], None] | None) -> tf.data.Dataset:
     """`examples(positions)` -> indices (-1: padding) and uint64 [n, 2] keys; num_batches None: endless."""
     if global_batch_size <= 0 or num_shards <= 0 or global_batch_size % num_shards:
         raise ValueError(f'global_batch_size ({global_batch_size}) must be a positive multiple of the number of shards '
@@ -112,20 +115,29 @@ def _make_dataset(source: Source, examples: Callable, preprocess: Callable, imag
         labels, mask = np.zeros(rows, np.int32), (indices >= 0).astype(np.float32)
 
         def read_part(start):
+            secs, lap = _start_stopwatch()
             chosen = np.arange(start, min(start + _PART, rows))
             chosen = chosen[indices[chosen] >= 0]
             encoded, labels[chosen] = source.read(indices[chosen])
+            lap('read')
             philox = np.random.Philox(0)
             rng, state = np.random.Generator(philox), philox.state
             for row, image in zip(chosen, encoded):
                 state['state']['key'] = keys[row]
                 philox.state = state  # ten times as fast as another generator
                 try:
-                    images[row] = preprocess(image, rng)
+                    image = crop(image, rng, image_size)
+                    lap('decode')
+                    image = change(image, rng)
+                    lap('augment')
+                    images[row] = image
+                    lap('batch')
                 except ValueError:
                     mask[row] = 0.0
                     if on_bad is not None:
                         on_bad(int(positions[row]), int(indices[row]))
+            if on_times is not None:
+                on_times(secs)
 
         threads.for_each(read_part, range(0, rows, _PART))
         return images, labels, indices, mask
@@ -141,3 +153,16 @@ def _make_dataset(source: Source, examples: Callable, preprocess: Callable, imag
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return dataset.prefetch(2).with_options(options)
+
+
+def _start_stopwatch() -> tuple[dict[str, float], Callable[[str], None]]:
+    """(seconds by stage, lap): lap(stage) adds the time since the last one to that stage."""
+    secs, last = Counter(), time.perf_counter()
+
+    def lap(stage):
+        nonlocal last
+        now = time.perf_counter()
+        secs[stage] += now - last
+        last = now
+
+    return secs, lap

@@ -20,7 +20,7 @@ MAX_FILE_LINES = 350
 LEVELS = (
     {'__init__', 'main'},
     {'arrays'},
-    {'loop', 'check', 'export', 'compare', 'config'},
+    {'loop', 'benchmark', 'check', 'export', 'compare', 'config'},
     {'evaluate', 'resume', 'saver'},
     {'step'},
     {'gradient', 'update', 'bad_examples'},

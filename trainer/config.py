@@ -49,7 +49,8 @@ _PARTS = {'ghostnet': build_ghostnet, 'article_ghostnet': build_article_ghostnet
           'random_resized_crop': input_pipeline.make_random_resized_crop,
           'random_shift': input_pipeline.make_random_shift}
 # What a run gives to its roots itself: not for gin to bind.
-_GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_position', 'shard', 'num_shards', 'on_bad'],
+_GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_position', 'shard', 'num_shards', 'on_bad',
+                            'on_times'],
           'eval_dataset': ['source', 'global_batch_size', 'shard', 'num_shards', 'on_bad'],
           **dict.fromkeys(['cosine', 'linear', 'exponential', 'constant_rate'],
                           ['num_steps', 'steps_per_epoch', 'global_batch_size'])}

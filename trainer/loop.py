@@ -22,9 +22,10 @@ from trainer.preemption import StoppedEarly, Watchdog
 from trainer.recipe import Data, Train
 from trainer.resume import describe_environment, restore_latest, roll_back, start_from
 from trainer.saver import Saver, keep_best
+from trainer.stalls import Stalls
 from trainer.state import build_model_and_state
 from trainer.step import make_normalize, make_sum_over_workers, make_train_loop
-from trainer.strategy import take_turns
+from trainer.strategy import find_worker, take_turns
 from trainer.telemetry import Telemetry, eval_line, progress_line, read_json_lines, train_metrics
 
 
@@ -78,8 +79,9 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     make_bad_examples = functools.partial(BadExamples, workdir / 'bad_examples.jsonl', settings.bad_example_budget,
                                           functools.partial(take_turns, strategy, sum_over_workers))
     bad = make_bad_examples(train_source)
+    stalls = Stalls(sum_over_workers, *find_worker(strategy))
     open_batches = functools.partial(open_train_batches, strategy, settings, state, train_source,
-                                     functools.partial(train_dataset, on_bad=bad.found))
+                                     functools.partial(train_dataset, on_bad=bad.found, on_times=stalls.spent))
     batches = open_batches()
     evaluators = [] if eval_source is None else [
         make_evaluate(strategy, model, settings, normalize, state, weights, source=eval_source,
@@ -133,6 +135,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             sums = tf.nest.map_structure(float, train_loop(batches, tf.constant(until - step)))  # here the host waits
             secs = time.perf_counter() - started
             goodput.spent_on_steps(secs, sums['data_wait_secs'], is_traced)
+            stalls.spent_on_steps(secs, sums['data_wait_secs'], is_traced)
             reported.update(sums | {'steps': until - step, 'secs': secs})
             if secs > settings.grace_secs and is_traced:
                 logging.warning('a loop of %d steps took %.0f s; a signal to stop is obeyed after it, within '
@@ -161,6 +164,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
 
             metrics = train_metrics(reported, float(schedule(tf.constant(step - 1))))
             metrics |= goodput.metrics() | bad.metrics()
+            if plan.is_report_step(step):
+                metrics |= stalls.metrics()
             if state.loss_scale:
                 metrics['train/loss_scale'] = float(state.loss_scale['loss_scale'].numpy())
             telemetry.progress(progress_line(step=step, num_steps=last_step, metrics=metrics, eta_secs=(

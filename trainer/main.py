@@ -22,7 +22,8 @@ flags.DEFINE_multi_string('gin_param', [], "A binding as 'ghostnet.width=0.5'; r
 flags.DEFINE_alias('gin_bindings', 'gin_param')
 flags.DEFINE_string('workdir', None, 'Where the run lives. Default: runs/<last gin file that is not in hardware/>.')
 flags.DEFINE_string('data_dir', None, "Where the data is. Default: the recipe's, TFDS_DATA_DIR, ~/tensorflow_datasets.")
-flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train: train, evaluate and resume; eval: evaluate a checkpoint.')
+flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'benchmark'], 'train: train, evaluate and resume; eval: evaluate '
+                  'a checkpoint; benchmark: how fast the input is, the step, and both.')
 flags.DEFINE_list('workers', [], 'host:port of every worker, where neither TF_CONFIG nor SLURM names them.')
 flags.DEFINE_integer('worker_index', None, 'Which of --workers this process is, from 0.')
 
@@ -62,8 +63,8 @@ def _run(signals) -> None:
     import tensorflow as tf
 
     import input_pipeline
+    from trainer import benchmark, evaluate, loop
     from trainer import config as config_module
-    from trainer import evaluate, loop
     from trainer.exits import leave
     from trainer.preemption import explain_lost_peer
     config = config_module.load(_FLAGS.gin_file, _FLAGS.gin_param)
@@ -77,15 +78,17 @@ def _run(signals) -> None:
     try:
         name, data_dir, prepare = _find_data(config.data)
         eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
-        needs_train = _FLAGS.mode == 'train' or config.train.eval_precise_batch_norm
+        needs_train = _FLAGS.mode != 'eval' or config.train.eval_precise_batch_norm
         train_source = input_pipeline.open_source(name, data_dir, config.data.train_split) if needs_train else None
-        common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset,
-                  'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
-        if _FLAGS.mode == 'eval':
-            print(json.dumps(evaluate.evaluate_checkpoint(config.train, config.data, config.evaluate, **common)))
+        common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset}
+        both = common | {'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
+        if _FLAGS.mode == 'benchmark':
+            print(json.dumps(benchmark.benchmark(config.train, config.data, **common)))
+        elif _FLAGS.mode == 'eval':
+            print(json.dumps(evaluate.evaluate_checkpoint(config.train, config.data, config.evaluate, **both)))
         else:
             loop.train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
-                       write_config=config.write, should_stop=signals, **common)
+                       write_config=config.write, should_stop=signals, **both)
     except tf.errors.OpError as error:
         if reason := explain_lost_peer(strategy, error):
             leave(reason)

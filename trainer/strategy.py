@@ -80,6 +80,12 @@ def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def find_worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
+    """(which worker this process is, of how many)."""
+    resolver = strategy.cluster_resolver
+    return (resolver.task_id, resolver.cluster_spec().num_tasks('worker')) if is_multi_worker(strategy) else (0, 1)
+
+
 def describe_worker(strategy: tf.distribute.Strategy, index: int | None = None) -> str:
     """'worker 1 (host:port)' of many, for messages; by default this one."""
     index = strategy.cluster_resolver.task_id if index is None else index
@@ -89,9 +95,9 @@ def describe_worker(strategy: tf.distribute.Strategy, index: int | None = None) 
 def take_turns(strategy: tf.distribute.Strategy, sum_over_workers: Callable[[int], int],
                action: Callable[[], None]) -> None:
     """Calls `action` on each worker while the others wait; to be called by all."""
-    resolver = strategy.cluster_resolver
-    for worker in range(resolver.cluster_spec().num_tasks('worker') if is_multi_worker(strategy) else 1):
-        if not is_multi_worker(strategy) or worker == resolver.task_id:
+    own, num_workers = find_worker(strategy)
+    for worker in range(num_workers):
+        if worker == own:
             action()
         sum_over_workers(0)
 

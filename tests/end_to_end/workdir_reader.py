@@ -5,7 +5,8 @@ import json
 import tensorflow as tf
 
 # What no two runs have in common.
-CLOCK = ('time', 'train/images_per_sec', 'train/data_wait_fraction', 'train/secs_', 'train/goodput')
+CLOCK = ('time', 'train/images_per_sec', 'train/data_wait_fraction', 'train/worst_data_wait', 'train/input_',
+         'train/secs_', 'train/goodput')
 
 
 def tensors(workdir, step=None):

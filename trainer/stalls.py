@@ -1,0 +1,73 @@
+"""Stalls: what the steps wait for when they wait for data, and what would help."""
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+WORTH_SAYING = 0.05  # of the steps' time
+
+_REMEDIES = {
+    'read': 'a faster disk or, for files far away, train_dataset.shuffle_block',
+    'decode': 'more cores, smaller files, or a smaller train_dataset.image_size',
+    'augment': 'more cores, or another train_dataset.augment',
+    'batch': 'a smaller train_dataset.image_size, or more workers',
+    'copy': 'a smaller train_dataset.image_size, or more workers',
+}
+
+
+class Stalls:
+    """What steps and the threads of the input pipeline did since the last report, on all workers.
+
+    sum_over_workers is that of `step.make_sum_over_workers`; this is number `worker` of `num_workers`.
+    """
+
+    def __init__(self, sum_over_workers: Callable[[int], int], worker: int, num_workers: int):
+        self._sum_over_workers, self._worker, self._num_workers = sum_over_workers, worker, num_workers
+        self._num_threads, self._lock = len(os.sched_getaffinity(0)), threading.Lock()
+        self._secs, self._said = Counter(), set()
+
+    def spent(self, secs: Mapping[str, float]) -> None:
+        """What the input pipeline calls, in any thread: seconds by stage."""
+        with self._lock:
+            self._secs.update(secs)
+
+    def spent_on_steps(self, secs: float, wait_secs: float, is_traced: bool) -> None:
+        """Counts a loop of steps; one that has compiled says nothing of the input, nor does what was read before."""
+        if is_traced:
+            self.spent({'steps': secs, 'wait': wait_secs})
+        else:
+            with self._lock:
+                self._secs.clear()
+
+    def metrics(self) -> dict[str, float]:
+        """The worst worker's 'train/worst_data_wait', a part of its time, and 'train/input_<stage>', of its threads'.
+
+        'copy' is what they are idle, as steps that wait all the same wait for what comes behind them: putting batches
+        together and copying them to the device. A sentence says, once for each stage, what makes steps wait. To be
+        called by all workers together.
+        """
+        with self._lock:
+            secs, self._secs = self._secs, Counter()
+        steps = max(secs['steps'], 1e-9)
+        own = {'wait': min(1.0, secs['wait'] / steps)}
+        own |= {stage: secs[stage] / steps / self._num_threads for stage in _REMEDIES if stage != 'copy'}
+        waits = [self._value_of(worker, own['wait']) for worker in range(self._num_workers)]
+        worst = waits.index(max(waits))
+        found = {name: self._value_of(worst, value) for name, value in own.items()}
+        wait = found.pop('wait')
+        found['copy'] = max(0.0, 1 - sum(found.values()))
+        stage = max(found, key=found.get)
+        if wait > WORTH_SAYING and stage not in self._said:
+            self._said.add(stage)
+            logging.warning(
+                'steps waited for data %.0f %% of their time%s; of that of its %d input threads %s; the input must '
+                'become %.2f times as fast, %s first: %s', 100 * wait,
+                f' on worker {worst}, the worst' if self._num_workers > 1 else '', self._num_threads,
+                ', '.join(f'{name} took {100 * share:.0f} %' for name, share in found.items()), 1 / max(1 - wait, 0.01),
+                stage, _REMEDIES[stage])
+        return {'train/worst_data_wait': wait} | {f'train/input_{name}': share for name, share in found.items()}
+
+    def _value_of(self, worker: int, value: float) -> float:
+        """What that worker has as `value`; to six digits behind the point."""
+        return self._sum_over_workers(round(1e6 * value) if worker == self._worker else 0) / 1e6
