@@ -37,7 +37,6 @@ def make_record_source(name: str, shards: Sequence, image_key: str, label_key: s
         records = ArrayRecordDataSource(list(shards))
     except RuntimeError as error:
         raise DataError(f'{name} cannot be read: {" ".join(str(error).split())}; copy or write it again') from error
-    keys = image_key.encode(), label_key.encode()
 
     def where(i):
         return f'{name} (record {i} of {len(records)})'
@@ -45,8 +44,8 @@ def make_record_source(name: str, shards: Sequence, image_key: str, label_key: s
     def load(i):
         try:
             record = records[i]
-            offset, length, label = find_image_and_label(record, *keys)
-        except (RuntimeError, ValueError, IndexError) as error:
+            offset, length, label = find_image_and_label(record, image_key, label_key)
+        except (RuntimeError, ValueError) as error:
             return b'', 0, ' '.join(str(error).split())
         if not 0 <= label - first < len(class_names):
             return b'', 0, f'labels are out of range: this is class {label - first} counted from 0'

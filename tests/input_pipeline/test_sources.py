@@ -137,11 +137,11 @@ def test_fields_are_found_where_protobuf_puts_them(label):
                 'i': tf.train.Feature(bytes_list=tf.train.BytesList(value=[b'x' * 300])),
                 'l': tf.train.Feature(int64_list=tf.train.Int64List(value=[label]))}
     record = tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
-    offset, length, found = record_index.find_image_and_label(record, b'i', b'l')
+    offset, length, found = record_index.find_image_and_label(record, 'i', 'l')
     assert record[offset:offset + length] == b'x' * 300
     assert found == label
-    for image_key, label_key, words in [(b'a', b'l', "'a' is not one string"), (b'i', b'a', "'a' holds more than one"),
-                                        (b'q', b'i', "'i' is not one integer"), (b'i', b'q', "no feature 'q'")]:
+    for image_key, label_key, words in [('a', 'l', "'a' is not one string"), ('i', 'a', "'a' holds more than one"),
+                                        ('q', 'i', "'i' is not one integer"), ('i', 'q', "no feature 'q'")]:
         with pytest.raises(ValueError, match=words):
             record_index.find_image_and_label(record, image_key, label_key)
 
