@@ -38,9 +38,6 @@ def make_record_source(name: str, shards: Sequence, image_key: str, label_key: s
     except RuntimeError as error:
         raise DataError(f'{name} cannot be read: {" ".join(str(error).split())}; copy or write it again') from error
 
-    def where(i):
-        return f'{name} (record {i} of {len(records)})'
-
     def load(i):
         try:
             record = records[i]
@@ -55,4 +52,5 @@ def make_record_source(name: str, shards: Sequence, image_key: str, label_key: s
         images, labels, _ = zip(*map(load, indices.tolist()))
         return list(images), np.array(labels, np.int32)
 
-    return Source(name, len(records), class_names, read, where, lambda i: load(int(i))[2])
+    return Source(name, len(records), class_names, read, lambda i: f'{name} (record {i} of {len(records)})',
+                  lambda i: load(int(i))[2])

@@ -4,7 +4,6 @@ The index points at the image bytes inside the record, so that reading an exampl
 Checked when it is made: that every record ends inside its file, has the checksums it was written with, and holds one
 image and one label. A record whose payload has another checksum has no label here; all else that is wrong is refused.
 """
-import mmap
 import os
 import struct
 from collections.abc import Sequence
@@ -35,21 +34,20 @@ def load_record_index(paths: Sequence[str], name: str, image_key: str, label_key
 
 def index_shard(path: str, image_key: str, label_key: str) -> np.ndarray:
     """int64 [n, 3]: offset and length of the image bytes in the file, and the label, of each record of one shard."""
-    if os.path.getsize(path) == 0:
-        return np.zeros((0, 3), np.int64)
-    rows, at = [], 0
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+    rows, at, end = [], 0, os.path.getsize(path)
+    with open(path, 'rb', buffering=1 << 20) as file:
         # A record is length u64, its CRC u32, payload, its CRC u32.
-        while at + 12 <= len(buffer):
-            length, crc = struct.unpack_from('<QI', buffer, at)
-            if masked_crc32c(buffer[at:at + 8]) != crc:
+        while at + 12 <= end:
+            header = file.read(12)
+            length, crc = struct.unpack('<QI', header)
+            if masked_crc32c(header[:8]) != crc:
                 raise DataError(f'{path}, record {len(rows)} at byte {at}: the checksum of its length is wrong; the '
                                 'file is damaged, compressed or no TFRecord: copy or write it again')
             start, at = at + 12, at + 16 + length
-            if at > len(buffer):
+            if at > end:
                 break
-            payload = buffer[start:at - 4]
-            if masked_crc32c(payload) != struct.unpack_from('<I', buffer, at - 4)[0]:
+            payload = file.read(length)
+            if masked_crc32c(payload) != int.from_bytes(file.read(4), 'little'):
                 rows.append((start, 0, NO_LABEL))
                 continue
             try:
@@ -57,9 +55,9 @@ def index_shard(path: str, image_key: str, label_key: str) -> np.ndarray:
             except ValueError as error:
                 raise DataError(f'{path}, record {len(rows)}: {error}') from error
             rows.append((start + offset, size, label))
-        if at != len(buffer):
-            raise DataError(f'{path} ends in the middle of record {len(rows)}: it was cut off at {len(buffer)} bytes; '
-                            'copy or write it again')
+    if at != end:
+        raise DataError(f'{path} ends in the middle of record {len(rows)}: it was cut off at {end} bytes; '
+                        'copy or write it again')
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
