@@ -9,6 +9,8 @@ Batch norm has Keras' constants (0.99, 1e-3) but is the fused layer of layers.py
 variance, n / (n - 1) times that of Keras' layer, n = B * H * W. Outputs and gradients in training are the same. In the
 head, where n = B, the moving variance differs visibly at small batches.
 """
+import functools
+
 import keras
 
 from ghostnet import layers
@@ -16,13 +18,8 @@ from ghostnet.model import BLOCKS, HEAD_FILTERS, Chain, GlobalAveragePool, conne
 
 STEM_FILTERS, TAIL_FILTERS = 16, 960
 
-
-def _conv(filters: int, kernel_size: int = 1, strides: int = 1, **kwargs) -> keras.layers.Layer:
-    return keras.layers.Conv2D(filters, kernel_size, strides, padding='same', use_bias=False, **kwargs)
-
-
-def _depthwise(kernel_size: int, strides: int = 1, **kwargs) -> keras.layers.Layer:
-    return keras.layers.DepthwiseConv2D(kernel_size, strides, padding='same', use_bias=False, **kwargs)
+_conv = functools.partial(keras.layers.Conv2D, kernel_size=1, padding='same', use_bias=False)
+_depthwise = functools.partial(keras.layers.DepthwiseConv2D, padding='same', use_bias=False)
 
 
 def _batch_norm(name: str) -> keras.layers.Layer:
@@ -88,7 +85,7 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
         raise ValueError(f"article.classifier_activation is {classifier_activation!r}; it must be 'softmax', or None "
                          'for logits')
     return [
-        _conv(STEM_FILTERS, 3, 2, name='stem'), *_bn_relu('stem'),
+        _conv(STEM_FILTERS, kernel_size=3, strides=2, name='stem'), *_bn_relu('stem'),
         *(GhostBottleneck(expansion, filters, kernel_size, strides, bool(apply_se and se_ratio), name=f'block_{number}')
           for number, (kernel_size, expansion, filters, se_ratio, strides) in enumerate(BLOCKS, start=1)),
         _conv(TAIL_FILTERS, name='tail'), *_bn_relu('tail'), GlobalAveragePool(name='pool'),

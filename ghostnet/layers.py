@@ -48,10 +48,8 @@ class BatchNorm(keras.layers.Layer):
         return y
 
     def _fused(self, x, mean, variance, *, is_training):
-        return tf.raw_ops.FusedBatchNormV3(
-            x=x, scale=tf.convert_to_tensor(self.gamma), offset=tf.convert_to_tensor(self.beta),
-            mean=tf.convert_to_tensor(mean), variance=tf.convert_to_tensor(variance),
-            epsilon=self.epsilon, is_training=is_training)[:3]
+        return tf.raw_ops.FusedBatchNormV3(x=x, scale=self.gamma, offset=self.beta, mean=mean, variance=variance,
+                                           epsilon=self.epsilon, is_training=is_training)[:3]
 
     def _synchronised(self, x, step: StepContext):
         """Statistics of the global batch, unbiased by its count.
@@ -69,8 +67,7 @@ class BatchNorm(keras.layers.Layer):
         x32 = tf.cast(x, tf.float32)
         mean = mean_of(x32)
         variance = mean_of(tf.math.squared_difference(x32, mean))
-        y = tf.nn.batch_normalization(x32, mean, variance, tf.convert_to_tensor(self.beta),
-                                      tf.convert_to_tensor(self.gamma), self.epsilon)
+        y = tf.nn.batch_normalization(x32, mean, variance, self.beta, self.gamma, self.epsilon)
         count = tf.cast(tf.reduce_prod(tf.shape(x)[:3]) * step.num_replicas, tf.float32)
         return tf.cast(y, x.dtype), mean, variance * count / tf.maximum(count - 1, 1)
 
@@ -113,14 +110,13 @@ class Conv(keras.layers.Layer):
         self.bias = self.add_weight(name='bias', shape=(self.filters,), initializer='zeros') if self.use_bias else None
 
     def call(self, x):
-        kernel = tf.convert_to_tensor(self.kernel)
         if self.kernel_size == self.strides == 1:
             # The same sums as a matrix product: the CPU's kernels for the gradients of a 1x1 convolution are so much
             # slower that a whole training step takes 1.7 times longer.
-            x = tf.tensordot(x, tf.reshape(kernel, kernel.shape[2:]), 1)
+            x = tf.tensordot(x, tf.reshape(self.kernel, self.kernel.shape[2:]), 1)
         else:
-            x = tf.nn.conv2d(x, kernel, self.strides, _symmetric_padding(self.kernel_size, self.strides))
-        return x if self.bias is None else tf.nn.bias_add(x, tf.convert_to_tensor(self.bias))
+            x = tf.nn.conv2d(x, self.kernel, self.strides, _symmetric_padding(self.kernel_size, self.strides))
+        return x if self.bias is None else tf.nn.bias_add(x, self.bias)
 
 
 @tf.custom_gradient
@@ -161,11 +157,10 @@ class DepthwiseConv(keras.layers.Layer):
                                       initializer=_fan_in_uniform(size * size))
 
     def call(self, x):
-        kernel = tf.convert_to_tensor(self.kernel)
         height, width = x.shape[1:3]
         if self.strides == 1 and height and width and max(height, width) < self.kernel_size:
-            return _depthwise_on_small_map(x, kernel)
-        return tf.nn.depthwise_conv2d(x, kernel, [1, self.strides, self.strides, 1],
+            return _depthwise_on_small_map(x, tf.convert_to_tensor(self.kernel))
+        return tf.nn.depthwise_conv2d(x, self.kernel, [1, self.strides, self.strides, 1],
                                       _symmetric_padding(self.kernel_size, self.strides))
 
 
