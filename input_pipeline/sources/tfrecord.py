@@ -34,7 +34,7 @@ def open_tfrecord(data_dir: str, split: str) -> Source:
 def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, class_names: Sequence[str],
                         first: int = 0) -> Source:
     """Source over shards with the index that `load_record_index` gave. `first`: class 0's label."""
-    is_bad = out_of_range(index[:, 3] - first, len(class_names))
+    is_bad = out_of_range(index[:, 3], len(class_names), first)
     labels = np.where(is_bad, 0, index[:, 3] - first).astype(np.int32)
 
     def read(indices):
@@ -101,18 +101,18 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
         raise DataError(f'{what}: labels are {first}..{last}; the smallest must be 0 or 1')
     num_classes = last - first + 1
     _log.info('%s: labels %d..%d count from %d, %d classes', what, first, last, first, num_classes)
-    check_labels(labels - first, num_classes, f'{split} of {data_dir}', f'{rule_split} has {first}..{last}')
+    check_labels(labels, num_classes, f'{split} of {data_dir}', f'{rule_split} has {first}..{last}', first)
     return first, [str(i) for i in range(num_classes)]
 
 
-def out_of_range(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """bool [n]: which labels, counted from 0, are not in 0..num_classes-1."""
-    return (labels < 0) | (labels >= num_classes)
+def out_of_range(labels: np.ndarray, num_classes: int, first: int) -> np.ndarray:
+    """bool [n]: which labels are not in first..first+num_classes-1."""
+    return (labels < first) | (labels >= first + num_classes)
 
 
-def check_labels(labels: np.ndarray, num_classes: int, what: str, right: str) -> None:
-    """Raises DataError if so many labels (counted from 0) are out of range that these are not a few bad examples."""
-    wrong = np.flatnonzero(out_of_range(labels, num_classes) & (labels > NO_LABEL // 2))
+def check_labels(labels: np.ndarray, num_classes: int, what: str, right: str, first: int = 0) -> None:
+    """Raises DataError if so many labels (of records that have one) are out of range that these are no bad examples."""
+    wrong = np.flatnonzero(out_of_range(labels, num_classes, first) & (labels != NO_LABEL))
     if len(wrong) > MAX_BAD_LABELS * len(labels):
         raise DataError(f'{what}: {len(wrong)} of {len(labels)} labels are out of range (example {wrong[0]} is class '
-                        f'{labels[wrong[0]]} counted from 0); {right}')
+                        f'{labels[wrong[0]] - first} counted from 0); {right}')

@@ -118,6 +118,23 @@ def test_damaged_shards(tmp_path, examples, write_tfrecords):
     assert_data_error(['train', 'no record'], 'tfrecord', tmp_path)
 
 
+@pytest.mark.parametrize('first', [0, 1])
+def test_damaged_records_are_no_labels_that_are_out_of_range(tmp_path, examples, write_tfrecords, first):
+    write_tfrecords(tmp_path, 'train', [(encoded, label + first) for encoded, label in examples], 1)
+    path, at = tmp_path / 'train-00000-of-00001', 0
+    damaged = bytearray(path.read_bytes())
+    for number in range(len(examples)):
+        if number % 5 == 2:
+            damaged[at + 30] ^= 4
+        at += 16 + struct.unpack_from('<Q', damaged, at)[0]
+    path.write_bytes(damaged)
+    source = input_pipeline.open_source('tfrecord', tmp_path, 'train')
+    for number, example in enumerate(examples):
+        is_damaged = number % 5 == 2
+        assert source[number] == ((b'', 0) if is_damaged else example)
+        assert ('checksum' in source.problem(number)) == is_damaged
+
+
 def test_checksum_is_that_of_tensorflow(tmp_path):
     lengths = [0, 1, 255, 70_000]
     with tf.io.TFRecordWriter(f'{tmp_path}/x') as writer:
