@@ -2,6 +2,9 @@
 import difflib
 import os
 
+import numpy as np
+import tensorflow as tf
+
 from input_pipeline.sources.arrayrecord import open_arrayrecord
 from input_pipeline.sources.folder import open_folder
 from input_pipeline.sources.idx import open_idx
@@ -9,6 +12,7 @@ from input_pipeline.sources.source import IMAGE_STARTS, DataError, Source
 from input_pipeline.sources.tfrecord import open_tfrecord
 
 _OPENERS = {'tfrecord': open_tfrecord, 'arrayrecord': open_arrayrecord, 'folder': open_folder, 'idx': open_idx}
+_TFDS_REMOTE = 'gs://', 's3://', 'az://'  # what TFDS too can read
 
 
 def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) -> Source:
@@ -16,7 +20,8 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
 
     Args:
       name: 'tfds:NAME[/CONFIG][:VERSION]', 'tfrecord', 'arrayrecord', 'folder', 'idx' or 'shapes'.
-      data_dir: local directory; each source says what it looks for there. `shapes` is generated there if need be.
+      data_dir: directory; each source says what it looks for there. `shapes` is generated there if need be. For
+        'tfrecord' any that TensorFlow's file systems can read, for 'tfds:' also gs://, s3:// and az://.
       split: as the data set names it.
       prepare: whether TFDS may download and prepare a 'tfds:' set that is not there.
 
@@ -24,12 +29,15 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
       DataError: nothing usable is there; the message is one line and says what would be right.
     """
     data_dir = os.path.expanduser(data_dir)
-    if '://' in data_dir:
-        raise DataError(f'data_dir {data_dir} is remote; give a local directory')
     try:
+        if '://' in data_dir:
+            if name != 'tfrecord' and not (name.startswith('tfds:') and data_dir.startswith(_TFDS_REMOTE)):
+                raise DataError(f"data_dir {data_dir} is remote; for {name} give a local directory. 'tfrecord' can be "
+                                f"read from there, 'tfds:' from {', '.join(_TFDS_REMOTE)}")
+            tf.io.gfile.stat(data_dir)  # says why it cannot be read
         source = _open(name, data_dir, split, prepare)
-        first = [source[i][0] for i in range(min(16, len(source)))]
-    except OSError as error:
+        first, _ = source.read(np.arange(min(16, len(source))))
+    except (OSError, tf.errors.OpError) as error:
         raise DataError(f'{name} in {data_dir} cannot be read: {error}') from error
     # One bad file is masked in training; when all of the first are bad, these are not images at all.
     if not any(encoded.startswith(IMAGE_STARTS) for encoded in first):
@@ -51,6 +59,6 @@ def _open(name: str, data_dir: str, split: str, prepare: bool) -> Source:
         near = difflib.get_close_matches(name, names, n=1)
         raise DataError(f'no data source {name!r}; {f"did you mean {near[0]!r}? " if near else ""}'
                         f'There are: {", ".join(names)}')
-    if not os.path.isdir(data_dir):
+    if not tf.io.gfile.isdir(data_dir):
         raise DataError(f'data_dir {data_dir} is no directory; {name} data must be there')
     return _OPENERS[name](data_dir, split)

@@ -49,8 +49,8 @@ def make_record_source(name: str, shards: Sequence, image_key: str, label_key: s
         return record[offset:offset + length], label - first, ''
 
     def read(indices):
-        images, labels, _ = zip(*map(load, indices.tolist()))
-        return list(images), np.array(labels, np.int32)
+        loaded = [load(i) for i in indices.tolist()]
+        return [image for image, _, _ in loaded], np.array([label for _, label, _ in loaded], np.int32)
 
     return Source(name, len(records), class_names, read, lambda i: f'{name} (record {i} of {len(records)})',
                   lambda i: load(int(i))[2])

@@ -6,8 +6,10 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import tensorflow as tf
 
 _log = logging.getLogger(__name__)
 _FORMAT = 2
@@ -17,17 +19,17 @@ def cached_array(paths: Sequence[str], name: str, key: str, build: Callable[[], 
     """`build()`, or its result from an earlier call on the same shards.
 
     The cache is `<name>-<hash of the shards' names>.ghostnet-index.npz` beside the shards or, when that directory
-    cannot be written, in `$XDG_CACHE_HOME/ghostnet` (`~/.cache/ghostnet`). It no longer holds when `key` or the name,
-    size or time of any shard changed.
+    cannot be written or is remote, in `$XDG_CACHE_HOME/ghostnet` (`~/.cache/ghostnet`). It no longer holds when `key`
+    or the name, size or time of any shard changed.
     """
-    stats = [(os.path.basename(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, map(os.stat, paths))]
-    fingerprint = json.dumps([_FORMAT, key, stats])
-    beside = os.path.dirname(os.path.abspath(paths[0]))
+    fingerprint = json.dumps([_FORMAT, key, in_parallel(_name_size_time, paths)])
+    is_remote = '://' in paths[0]
+    beside = os.path.dirname(paths[0] if is_remote else os.path.abspath(paths[0]))
     cache_dir = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'ghostnet')
     # Of the names, since two parts of one split (train[:90%], train[90%:]) are two sets of shards in one directory.
     name += '-' + _short_hash(*map(os.path.basename, paths))
-    cache_paths = (os.path.join(beside, f'{name}.ghostnet-index.npz'),
-                   os.path.join(cache_dir, f'{name}-{_short_hash(beside)}.ghostnet-index.npz'))
+    elsewhere = os.path.join(cache_dir, f'{name}-{_short_hash(beside)}.ghostnet-index.npz')
+    cache_paths = [elsewhere] if is_remote else [os.path.join(beside, f'{name}.ghostnet-index.npz'), elsewhere]
     for path in filter(os.path.exists, cache_paths):
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -52,6 +54,20 @@ def cached_array(paths: Sequence[str], name: str, key: str, build: Callable[[], 
             _log.info('cannot cache the index in %s: %s', path, error)
     _log.info('indexed %s, cached in no file: the next start indexes again', name)
     return array
+
+
+def in_parallel(function: Callable, paths: Sequence[str]) -> list:
+    """`function(path)` of each path; a remote shard answers late, but many do at once."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(function, paths))
+
+
+def _name_size_time(path: str) -> tuple[str, int, int]:
+    if '://' in path:
+        stat = tf.io.gfile.stat(path)
+        return os.path.basename(path), stat.length, stat.mtime_nsec
+    stat = os.stat(path)  # in nanoseconds, where TensorFlow's has seconds
+    return os.path.basename(path), stat.st_size, stat.st_mtime_ns
 
 
 def _short_hash(*texts: str) -> str:

@@ -4,16 +4,16 @@ The index points at the image bytes inside the record, so that reading an exampl
 Checked when it is made: that every record ends inside its file, has the checksums it was written with, and holds one
 image and one label. A record whose payload has another checksum has no label here; all else that is wrong is refused.
 """
-import os
 import struct
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from input_pipeline.sources.index_cache import cached_array
+from input_pipeline.sources.index_cache import cached_array, in_parallel
 from input_pipeline.sources.source import DataError
 
 NO_LABEL = np.iinfo(np.int64).min  # of a damaged record
@@ -26,16 +26,21 @@ def load_record_index(paths: Sequence[str], name: str, image_key: str, label_key
     truncated, or a record lacks one of the two features.
     """
     def build():
-        return np.concatenate([np.insert(index_shard(path, image_key, label_key), 0, shard, axis=1)
-                               for shard, path in enumerate(paths)])
+        shards = in_parallel(lambda path: index_shard(path, image_key, label_key), paths)
+        return np.concatenate([np.insert(rows, 0, shard, axis=1) for shard, rows in enumerate(shards)])
 
     return cached_array(paths, name, f'{image_key} {label_key}', build)
 
 
+def open_shard(path: str) -> BinaryIO:
+    """A shard, local or remote, for one reader: threads that shared the file would move its position for each other."""
+    return tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb', buffering=0)
+
+
 def index_shard(path: str, image_key: str, label_key: str) -> np.ndarray:
     """int64 [n, 3]: offset and length of the image bytes in the file, and the label, of each record of one shard."""
-    rows, at, end = [], 0, os.path.getsize(path)
-    with open(path, 'rb', buffering=1 << 20) as file:
+    rows, at, end = [], 0, tf.io.gfile.stat(path).length
+    with open_shard(path) as file:
         # A record is length u64, its CRC u32, payload, its CRC u32.
         while at + 12 <= end:
             header = file.read(12)

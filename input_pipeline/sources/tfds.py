@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from input_pipeline.sources.arrayrecord import make_record_source
@@ -24,7 +25,7 @@ def open_tfds(name: str, data_dir: str, split: str, *, prepare: bool = False) ->
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        if not prepare:
+        if not prepare or '://' in data_dir:
             raise DataError(_how_to_prepare(name, data_dir)) from error
         builder = _prepare(lambda: tfds.builder(name, data_dir=data_dir), data_dir)
     return _open_builder(builder, split)
@@ -65,7 +66,9 @@ def _open_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     if not instructions:
         raise DataError(f'{what}: the split is empty; {has}')
     paths = [os.fspath(instruction.filename) for instruction in instructions]
-    missing = [path for path in paths if not os.path.exists(path)]
+    # One listing: to ask for each of a thousand remote files takes a minute.
+    present = set(tf.io.gfile.listdir(os.path.dirname(paths[0])))
+    missing = [path for path in paths if os.path.basename(path) not in present]
     if missing:
         raise DataError(f'{what}: missing {len(missing)} of {len(paths)} files, such as {missing[0]}; prepare it again')
     image_key, label_key = _feature_keys(info, what)
@@ -106,7 +109,7 @@ def _how_to_prepare(name: str, data_dir: str) -> str:
     base = name.partition('/')[0].partition(':')[0]
     known = tfds.list_builders(with_community_datasets=False)
     prepared = sorted(os.path.relpath(path, os.path.join(data_dir, base)) for path, _, files
-                      in os.walk(os.path.join(data_dir, base)) if 'dataset_info.json' in files)
+                      in tf.io.gfile.walk(os.path.join(data_dir, base)) if 'dataset_info.json' in files)
     what = f'tfds:{name} is not prepared in {data_dir}'
     what += f' (prepared there: {base} {", ".join(prepared)})' if prepared else ''
     if base not in known:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import tensorflow as tf
 
-from input_pipeline.sources.record_index import NO_LABEL, load_record_index
+from input_pipeline.sources.record_index import NO_LABEL, load_record_index, open_shard
 from input_pipeline.sources.source import DataError, Source
 
 _log = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, clas
     labels = np.where(is_bad, 0, index[:, 3] - first).astype(np.int32)
 
     def read(indices):
-        return [b'' if is_bad[i] else _read_span(paths[index[i, 0]], index[i, 1], index[i, 2])
-                for i in indices], labels[indices]
+        spans = np.where(is_bad[indices, None], 0, index[indices, :3]).tolist()
+        return _read_spans(paths, spans), labels[indices]
 
     def problem(i):
         if index[i, 3] == NO_LABEL:
@@ -50,19 +51,33 @@ def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, clas
                   lambda i: f'{paths[index[i, 0]]} (image at byte {index[i, 1]})', problem)
 
 
-def _read_span(path: str, offset: int, length: int) -> bytes:
-    # Not memory-mapped: a page that has to come from the disk would stop every Python thread, and a thousand shards
-    # would stay open. It costs 15 us of the 1,800 that an image of 119 KB takes in all.
-    with open(path, 'rb', buffering=0) as file:
-        file.seek(offset)
-        return file.read(length)
+def _read_spans(paths: Sequence[str], spans: Sequence[tuple[int, int, int]]) -> list[bytes]:
+    """The bytes of each (shard, offset, length); in a remote shard one read serves all that are near each other."""
+    # 64 KB too many are read sooner than another answer comes. Local images are read one by one: memory for many at
+    # once takes three times as long to get.
+    max_gap = 1 << 16 if '://' in paths[0] else -1
+    encoded, runs = [b''] * len(spans), []
+    for (shard, offset, length), row in sorted((span, row) for row, span in enumerate(spans) if span[2]):
+        if not runs or shard != runs[-1][0] or offset > runs[-1][2] + max_gap:
+            runs.append([shard, offset, offset, []])
+        runs[-1][2] = offset + length
+        runs[-1][3].append((row, offset, length))
+    for shard, start, end, images in runs:
+        # Not memory-mapped: a page that has to come from the disk would stop every Python thread, and a thousand shards
+        # would stay open. It costs 15 us of the 1,800 that an image of 119 KB takes in all.
+        with open_shard(paths[shard]) as file:
+            file.seek(start)
+            data = file.read(end - start)
+        for row, offset, length in images:
+            encoded[row] = data[offset - start:offset - start + length]
+    return encoded
 
 
 def _list_shards(data_dir: str, suffix: str) -> dict[str, list[str]]:
     """The file names of the shards of every split in DATA_DIR, sorted."""
     pattern = re.compile(r'(.+)-\d{5}-of-\d{5}' + re.escape(suffix))
     splits = {}
-    for match in filter(None, map(pattern.fullmatch, sorted(os.listdir(data_dir)))):
+    for match in filter(None, map(pattern.fullmatch, sorted(tf.io.gfile.listdir(data_dir)))):
         splits.setdefault(match[1], []).append(match[0])
     return splits
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils.epath import gpath, register
 
 import input_pipeline
+from input_pipeline import sources
 
 CLASSES = ['ant', 'bee', 'cat', 'dog']
 
@@ -65,6 +67,36 @@ def test_bytes_and_labels_are_those_that_were_prepared(data_dir, images):
         assert [source[i] for i in range(len(source))] == wanted
         assert list(source.class_names) == CLASSES
     assert 'three_forms' in source.where(0)
+
+
+@pytest.fixture
+def ram(monkeypatch):
+    """ram:// stands for gs://: TFDS' paths are told that TensorFlow reads it, as they know of gs://."""
+    monkeypatch.setattr(gpath, '_URI_PREFIXES', (*gpath._URI_PREFIXES, 'ram://'))
+    monkeypatch.setattr(gpath, '_URI_SCHEMES', gpath._URI_SCHEMES | {'ram'})
+    monkeypatch.setitem(gpath._URI_MAP_ROOT, 'ram://', '/ram/')
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, 'ram', None)
+    monkeypatch.setitem(register._URI_PREFIXES_TO_CLS, 'ram://', gpath.PosixGPath)
+    monkeypatch.setattr(sources, '_TFDS_REMOTE', ('ram://',))
+
+
+def test_what_tfds_prepared_is_read_from_a_remote_file_system(tmp_path, images, ram, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    prepare(tmp_path / 'local', {'train': as_tfds(images)})
+    place = 'three_forms/1.2.0'
+    tf.io.gfile.makedirs(f'ram://{tmp_path.name}/{place}')
+    for name in os.listdir(tmp_path / 'local' / place):
+        tf.io.gfile.copy(str(tmp_path / 'local' / place / name), f'ram://{tmp_path.name}/{place}/{name}')
+    for split, rows in (('train', slice(None)), ('train[7:25]', slice(7, 25))):
+        source = input_pipeline.open_source('tfds:three_forms', f'ram://{tmp_path.name}', split)
+        assert [source[i] for i in range(len(source))] == images[rows]
+    assert len(list((tmp_path / 'cache' / 'ghostnet').iterdir())) == 1  # a part has the shards of the whole
+    for prepare_it in (False, True):
+        with pytest.raises(input_pipeline.DataError, match='not prepared in ram://.*prepared there: three_forms 1.2.0'):
+            input_pipeline.open_source('tfds:three_forms:9.9.9', f'ram://{tmp_path.name}', 'train', prepare=prepare_it)
+    tf.io.gfile.remove(source.where(0).partition(' ')[0])
+    with pytest.raises(input_pipeline.DataError, match='missing 1 of 3 files'):
+        input_pipeline.open_source('tfds:three_forms', f'ram://{tmp_path.name}', 'train')
 
 
 def test_order_is_that_of_tfds_itself(tmp_path, images):
