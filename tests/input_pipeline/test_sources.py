@@ -329,6 +329,16 @@ def test_neighbours_are_one_read(large, reads):
         assert wanted <= sum(length for _, length in reads) <= wanted + 1000 * len(indices)
 
 
+@pytest.mark.parametrize(('block_size', 'most'), [(16, 1.5), (8, 2.5), (1, 16)])
+def test_reads_of_a_shuffle_in_blocks(large, reads, block_size, most):
+    source, _ = large
+    n, num_parts = len(source), 50  # 800 positions, four epochs
+    for part in range(num_parts):
+        positions = range(part * 16, part * 16 + 16)
+        source.read(np.array([input_pipeline.order.permutation(0, p // n, n, block_size)[p % n] for p in positions]))
+    assert most * 0.6 * num_parts < len(reads) <= most * num_parts
+
+
 def test_many_threads_read_one_remote_shard(large):
     source, examples = large
     rng = np.random.default_rng(1)
