@@ -18,17 +18,18 @@ _DEFAULT_CROP = make_random_resized_crop()
 
 
 def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 224, seed: int = 0,
-                  start_position: int = 0, shard: int = 0, num_shards: int = 1,
+                  start_position: int = 0, shard: int = 0, num_shards: int = 1, shuffle_block: int = 1,
                   crop: Crop = _DEFAULT_CROP, flip: bool = True, augment: Augment | None = None,
                   on_bad: Callable[[int, int], None] | None = None,
                   on_times: Callable[[Mapping[str, float]], None] | None = None) -> tf.data.Dataset:
     """Endless batches: rows [shard * B / num_shards, (shard + 1) * B / num_shards) of each global batch of B.
 
-    The example at position p is number `order.permutation(seed, p // N, N)[p % N]` of the source's N; the first is at
-    `start_position`. Batches straddle epochs; nothing is dropped. What is random in an example depends on (seed, epoch,
-    number) alone: the crop, see `preprocess`, with `flip` whether it is mirrored, and what `augment` then makes of it,
-    see `augment`. on_bad is called with (position, number) of each example that cannot be used, in some thread, before
-    its batch; on_times with the seconds that a thread has spent on 'read', 'decode', 'augment' or 'batch'.
+    The example at position p is number `order.permutation(seed, p // N, N, shuffle_block)[p % N]` of the source's N;
+    the first is at `start_position`. A block is one read of a remote source, if shuffle_block divides B / num_shards.
+    Batches straddle epochs; nothing is dropped. What is random in an example depends on (seed, epoch, number) alone:
+    the crop, see `preprocess`, with `flip` whether it is mirrored, and what `augment` then makes of it, see `augment`.
+    on_bad is called with (position, number) of each example that cannot be used, in some thread, before its batch;
+    on_times with the seconds that a thread has spent on 'read', 'decode', 'augment' and 'batch'.
 
     Returns:
       Batches of {'image': uint8 [B', image_size, image_size, 3], 'label': int32 [B'], 'index': int64 [B'] number in the
@@ -37,15 +38,16 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
     Raises:
       ValueError: the shards do not divide the batch, or an argument is out of range.
     """
-    if seed < 0 or start_position < 0:
-        raise ValueError(f'seed ({seed}) and start_position ({start_position}) must be at least 0')
+    if seed < 0 or start_position < 0 or shuffle_block < 1:
+        raise ValueError(f'seed ({seed}) and start_position ({start_position}) must be at least 0, and shuffle_block '
+                         f'({shuffle_block}) at least 1')
 
     def examples(positions):
         epochs, places = np.divmod(positions, len(source))
         indices, keys = np.empty_like(places), np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            indices[chosen] = order.permutation(seed, int(epoch), len(source))[places[chosen]]
+            indices[chosen] = order.permutation(seed, int(epoch), len(source), shuffle_block)[places[chosen]]
             keys[chosen] = order.epoch_key(seed, int(epoch))
         return indices, np.stack([keys, indices], axis=1).view(np.uint64)
 
@@ -55,7 +57,7 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
         return augment(image, rng) if augment else image
 
     return _make_dataset(source, examples, crop, change, image_size, start_position, None, global_batch_size, shard,
-                         num_shards, on_bad, on_times)
+                         num_shards, on_bad, on_times, -(-_PART // shuffle_block) * shuffle_block)
 
 
 def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 224, resize: int = 256,
@@ -81,7 +83,8 @@ def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 22
         return indices, np.zeros([len(indices), 2], np.uint64)
 
     return _make_dataset(source, examples, crop, lambda image, rng: image, image_size, 0,
-                         -(-len(source) // global_batch_size), global_batch_size, shard, num_shards, on_bad, None)
+                         -(-len(source) // global_batch_size), global_batch_size, shard, num_shards, on_bad, None,
+                         _PART)
 
 
 def why_bad(source: Source, index: int) -> str:
@@ -98,8 +101,8 @@ def why_bad(source: Source, index: int) -> str:
 
 def _make_dataset(source: Source, examples: Callable, crop: Crop, change: Augment, image_size: int, start_position: int,
                   num_batches: int | None, global_batch_size: int, shard: int, num_shards: int,
-                  on_bad: Callable[[int, int], None] | None,
-                  on_times: Callable[[Mapping[str, float]], None] | None) -> tf.data.Dataset:
+                  on_bad: Callable[[int, int], None] | None, on_times: Callable[[Mapping[str, float]], None] | None,
+                  part_rows: int) -> tf.data.Dataset:
     """`examples(positions)` -> indices (-1: padding) and uint64 [n, 2] keys; num_batches None: endless."""
     if global_batch_size <= 0 or num_shards <= 0 or global_batch_size % num_shards:
         raise ValueError(f'global_batch_size ({global_batch_size}) must be a positive multiple of the number of shards '
@@ -116,7 +119,7 @@ def _make_dataset(source: Source, examples: Callable, crop: Crop, change: Augmen
 
         def read_part(start):
             secs, lap = _start_stopwatch()
-            chosen = np.arange(start, min(start + _PART, rows))
+            chosen = np.arange(start, min(start + part_rows, rows))
             chosen = chosen[indices[chosen] >= 0]
             encoded, labels[chosen] = source.read(indices[chosen])
             lap('read')
@@ -139,7 +142,7 @@ def _make_dataset(source: Source, examples: Callable, crop: Crop, change: Augmen
             if on_times is not None:
                 on_times(secs)
 
-        threads.for_each(read_part, range(0, rows, _PART))
+        threads.for_each(read_part, range(0, rows, part_rows))
         return images, labels, indices, mask
 
     def read_op(batch):

@@ -24,7 +24,7 @@ LEVELS = (
     {'evaluate', 'resume', 'saver'},
     {'step'},
     {'gradient', 'update', 'bad_examples'},
-    {'state', 'optimizer', 'checkpoint', 'telemetry', 'preemption', 'goodput', 'plan'},
+    {'state', 'optimizer', 'checkpoint', 'telemetry', 'preemption', 'goodput', 'stalls', 'plan'},
     {'strategy'},
     {'schedule', 'loss', 'loss_scale', 'guard', 'metrics', 'mix', 'ema', 'distill'},
     {'recipe', 'exits'},

@@ -1,6 +1,7 @@
 """Batches: which example stands where, for any number of shards, after any resume, whatever is broken."""
 
 import concurrent.futures
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -59,6 +60,30 @@ def test_order_is_the_permutation_and_batches_straddle_epochs(source):
     assert rows['mask'].all()
     for epoch in range(3):
         np.testing.assert_array_equal(np.sort(rows['index'][epoch * 37:(epoch + 1) * 37]), np.arange(37))
+
+
+def test_order_in_blocks(source):
+    rows = joined(train(source, 14, shuffle_block=4))
+    wanted = np.concatenate([order.permutation(3, epoch, 37, 4) for epoch in range(4)])[:14 * 8]
+    np.testing.assert_array_equal(rows['index'], wanted)
+    assert_equal(train(source, 14, shuffle_block=4)[5:], train(source, 9, shuffle_block=4, start_position=40))
+    shards = [train(source, 5, shuffle_block=4, shard=shard, num_shards=2) for shard in range(2)]
+    assert_equal([joined(pair) for pair in zip(*shards)], train(source, 5, shuffle_block=4))
+    with pytest.raises(ValueError, match=r'shuffle_block \(0\) at least 1'):
+        train(source, 1, shuffle_block=0)
+
+
+@pytest.mark.parametrize('block', [8, 16, 32])
+def test_a_block_is_read_at_once(source, block):
+    calls = []
+    counted = dataclasses.replace(source, read=lambda indices: calls.append(np.sort(indices)) or source.read(indices))
+    dataset = input_pipeline.train_dataset(counted, global_batch_size=32, image_size=24, shuffle_block=block)
+    rows = next(iter(dataset))['index'].numpy()
+    for part in np.split(rows, 32 // max(block, 16)):
+        indices = np.sort(part)
+        assert any(np.array_equal(call, indices) for call in calls[:])  # among those of batches that are read ahead
+        # Whole blocks, on a circle: after example 36 comes example 0.
+        assert (np.diff(indices, append=indices[0] + 37) > 1).sum() <= max(1, 16 // block)
 
 
 def test_an_example_looks_different_in_each_epoch(source):
