@@ -298,3 +298,16 @@ def test_statistics_taken_anew_count_in_training_and_in_eval(command, tmp_path, 
     assert again['eval/loss'] == pytest.approx(trained['eval/loss'], rel=1e-6)
     # Three steps of moving statistics are still near their initial values.
     assert abs(moving['eval/loss'] - again['eval/loss']) > 0.01
+
+
+def test_benchmark_prints_three_rates_and_leaves_no_trace(command, monkeypatch, folder, recipe, tmp_path):
+    monkeypatch.setattr('trainer.benchmark.MIN_SECS', 0.3)
+    code, stdout, stderr = command(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "run"}',
+                                   '--mode=benchmark')
+    assert code == 0, stderr
+    result = json.loads(stdout.splitlines()[-1])
+    # A step of GhostNet on 8 images takes many times as long as to decode them, here as everywhere without a GPU.
+    assert 0 < result['step_images_per_sec'] < result['input_images_per_sec'] / 2
+    assert 0 < result['images_per_sec'] < result['input_images_per_sec'] / 2
+    assert 0 <= result['data_wait_fraction'] < 0.5 and 0 < result['train/input_decode'] < 1
+    assert 'input alone' in stderr and not (tmp_path / 'run').exists()
