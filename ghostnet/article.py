@@ -14,7 +14,7 @@ import functools
 import keras
 
 from ghostnet import layers
-from ghostnet.model import BLOCKS, HEAD_FILTERS, Chain, GlobalAveragePool, connect
+from ghostnet.model import BLOCKS, HEAD_FILTERS, Chain, connect
 
 STEM_FILTERS, TAIL_FILTERS = 16, 960
 
@@ -88,7 +88,8 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
         _conv(STEM_FILTERS, kernel_size=3, strides=2, name='stem'), *_bn_relu('stem'),
         *(GhostBottleneck(expansion, filters, kernel_size, strides, bool(apply_se and se_ratio), name=f'block_{number}')
           for number, (kernel_size, expansion, filters, se_ratio, strides) in enumerate(BLOCKS, start=1)),
-        _conv(TAIL_FILTERS, name='tail'), *_bn_relu('tail'), GlobalAveragePool(name='pool'),
+        _conv(TAIL_FILTERS, name='tail'), *_bn_relu('tail'),
+        keras.layers.GlobalAveragePooling2D(keepdims=True, name='pool'),
         _conv(HEAD_FILTERS, name='head'), *_bn_relu('head'),
         _conv(classes, name='classifier', dtype='float32'),  # outputs are float32 whatever the compute dtype
         keras.layers.Flatten(name='flatten', dtype='float32'),

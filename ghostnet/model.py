@@ -40,14 +40,6 @@ def make_divisible(channels: float, divisor: int = 4) -> int:
 
 
 @keras.saving.register_keras_serializable('ghostnet')
-class GlobalAveragePool(keras.layers.Layer):
-    """[B, H, W, C] -> [B, 1, 1, C]."""
-
-    def call(self, x):
-        return tf.reduce_mean(x, axis=[1, 2], keepdims=True)
-
-
-@keras.saving.register_keras_serializable('ghostnet')
 class Head(Composite):
     """[B, 1, 1, C] -> [B, HEAD_FILTERS]: 1x1 convolution with a bias and ReLU, no batch norm."""
 
@@ -100,7 +92,7 @@ def _build_layers(num_classes: int, width: float, version: int, dropout: float |
         filters = out
     return layers + [
         ConvBN(make_divisible(BLOCKS[-1][1] * width), name='tail'),
-        GlobalAveragePool(name='pool'),
+        keras.layers.GlobalAveragePooling2D('channels_last', keepdims=True, name='pool'),
         Head(name='head'),
         KeyedDropout(DROPOUT[version] if dropout is None else dropout, name='dropout'),
         # Logits are float32 whatever the compute dtype. Uniform in +-1 / sqrt(fan_in), as the convolutions.
@@ -140,11 +132,7 @@ def count_macs(model: keras.Model, image_size: int | tuple[int, int] = 224) -> i
     height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     spec = tf.TensorSpec([1, height, width, 3], tf.float32)
     graph = tf.function(lambda images: model(images, training=False)).get_concrete_function(spec).graph
-    macs = 0
-    for op in graph.get_operations():
-        if op.type in ('Conv2D', 'DepthwiseConv2dNative', 'MatMul'):
-            kernel, out = op.inputs[1].shape, op.outputs[0].shape
-            # each output element takes one multiply-add for each kernel element that feeds its channel
-            per_output = kernel.num_elements() // (kernel[-1] * (kernel[-2] if op.type.startswith('Depth') else 1))
-            macs += out.num_elements() * per_output
-    return macs
+    shapes = [(op.inputs[1].shape, op.outputs[0].shape) for op in graph.get_operations()
+              if op.type in ('Conv2D', 'DepthwiseConv2dNative', 'MatMul')]
+    # Each element of a kernel takes one multiply-add at each place of the output.
+    return sum(kernel.num_elements() * out.num_elements() // out[-1] for kernel, out in shapes)

@@ -14,7 +14,7 @@ import tensorflow as tf
 from ghostnet import ghostnet
 from ghostnet.keyed import KeyedDropout
 from ghostnet.layers import ConvBN, GhostBottleneck
-from ghostnet.model import GlobalAveragePool, Head
+from ghostnet.model import Head
 from trainer.optimizer import sgd
 from trainer.recipe import Train
 from trainer.state import TrainState, build_model_and_state
@@ -31,7 +31,8 @@ def small_network():
     """Every kind of layer of GhostNet in two blocks, where tracing the whole network would take too long."""
     x = images = keras.Input((None, None, 3))
     for layer in (ConvBN(8, 3, 2, name='stem'), GhostBottleneck(8, 24, 12, 3, 2, se_hidden=8, name='block_1'),
-                  GhostBottleneck(12, 24, 12, name='block_2'), ConvBN(24, name='tail'), GlobalAveragePool(),
+                  GhostBottleneck(12, 24, 12, name='block_2'), ConvBN(24, name='tail'),
+                  keras.layers.GlobalAveragePooling2D(keepdims=True),
                   Head(name='head'), KeyedDropout(0.2),
                   keras.layers.Dense(CLASSES, dtype='float32', name='classifier')):
         x = layer(x)
