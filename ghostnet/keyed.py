@@ -42,10 +42,8 @@ def mix_bits(x: tf.Tensor) -> tf.Tensor:
     Source: the finaliser of MurmurHash3 (Appleby). Wrapping integer arithmetic: the same bits on every device, with
     and without XLA.
     """
-    x ^= tf.bitwise.right_shift(x, tf.constant(16, tf.uint32))
-    x *= tf.constant(0x85EBCA6B, tf.uint32)
-    x ^= tf.bitwise.right_shift(x, tf.constant(13, tf.uint32))
-    x *= tf.constant(0xC2B2AE35, tf.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ tf.bitwise.right_shift(x, tf.constant(shift, tf.uint32))) * tf.constant(factor, tf.uint32)
     return x ^ tf.bitwise.right_shift(x, tf.constant(16, tf.uint32))
 
 

@@ -4,6 +4,7 @@ What a training step has to hand to its layers comes in through `keyed.step_cont
 function of (variables, images). Source: Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, and the
 authors' PyTorch code for what the paper leaves open (activations, padding, squeeze-and-excite).
 """
+import functools
 import math
 
 import keras
@@ -26,13 +27,11 @@ class BatchNorm(keras.layers.Layer):
         self.momentum, self.epsilon = momentum, epsilon
 
     def build(self, input_shape):
-        def weight(name, initializer, trainable):
-            return self.add_weight(name=name, shape=(input_shape[-1],), initializer=initializer, trainable=trainable,
-                                   dtype='float32', autocast=False)
-        self.gamma = weight('gamma', 'ones', True)
-        self.beta = weight('beta', 'zeros', True)
-        self.moving_mean = weight('moving_mean', 'zeros', False)
-        self.moving_variance = weight('moving_variance', 'ones', False)
+        weight = functools.partial(self.add_weight, shape=(input_shape[-1],), dtype='float32', autocast=False)
+        self.gamma = weight(name='gamma', initializer='ones')
+        self.beta = weight(name='beta', initializer='zeros')
+        self.moving_mean = weight(name='moving_mean', initializer='zeros', trainable=False)
+        self.moving_variance = weight(name='moving_variance', initializer='ones', trainable=False)
 
     def call(self, x, training=False):
         if not training:
