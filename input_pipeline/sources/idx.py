@@ -4,9 +4,9 @@ Pixels are given as PNG, which only wraps them: every source yields encoded imag
 """
 import gzip
 import os
-import struct
 import zlib
 
+import cv2
 import numpy as np
 
 from input_pipeline.sources.source import DataError, Source
@@ -44,7 +44,7 @@ def read_idx(path: str, num_dimensions: int) -> np.ndarray:
     header = 4 + 4 * num_dimensions
     if len(data) < header or data[:4] != bytes([0, 0, 8, num_dimensions]):
         raise DataError(f'{path} is no idx file of unsigned bytes with {num_dimensions} dimensions')
-    shape = struct.unpack_from(f'>{num_dimensions}I', data, 4)
+    shape = tuple(np.frombuffer(data, '>u4', num_dimensions, 4).tolist())
     if len(data) - header != np.prod(shape, dtype=np.int64):
         raise DataError(f'{path} holds {len(data) - header} bytes for shape {shape}: it was cut off; get it again')
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
@@ -73,10 +73,6 @@ def array_source(images: np.ndarray, labels: np.ndarray, num_classes: int | None
 
 def encode_png(image: np.ndarray) -> bytes:
     """uint8 [H, W, 3] or [H, W] -> a PNG that stores the pixels uncompressed."""
-    height, width = image.shape[:2]
-    rows = np.zeros((height, 1 + image[0].size), np.uint8)  # each row begins with its filter type, 0: none
-    rows[:, 1:] = image.reshape(height, -1)
-    header = struct.pack('>IIBBBBB', width, height, 8, 2 if image.ndim == 3 else 0, 0, 0, 0)
-    chunks = b'IHDR' + header, b'IDAT' + zlib.compress(rows.tobytes(), 0), b'IEND'
-    return b'\x89PNG\r\n\x1a\n' + b''.join(
-        struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks)
+    pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
+    stored = [cv2.IMWRITE_PNG_COMPRESSION, 0, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    return cv2.imencode('.png', pixels, stored)[1].tobytes()
