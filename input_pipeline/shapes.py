@@ -8,8 +8,6 @@ The same bytes on every machine and run: every choice is an integer from Philox,
 is fixed by its definition; every pixel is NumPy integer arithmetic; `encode` says what the JPEG's bytes rest on. Record
 number i of a split is `draw(split, i)`.
 """
-import contextlib
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -116,11 +114,9 @@ def _pattern(bits: np.random.Philox, height: int, width: int) -> np.ndarray:
         cell = 1 << power
         rows, columns = height // cell + 2, width // cell + 2
         knots = np.array([_between(bits, 0, 64) for _ in range(rows * columns)], np.int64).reshape(rows, columns)
-        weight = (y % cell)[:, None]
-        knots = knots[y // cell] * (cell - weight) + knots[y // cell + 1] * weight
-        weight = x % cell
-        knots = knots[:, x // cell] * (cell - weight) + knots[:, x // cell + 1] * weight
-        return (knots >> 2 * power).astype(np.int16)
+        along_y, along_x = (np.maximum(cell - abs(at[:, None] - cell * np.arange(num)), 0)
+                            for at, num in ((y, rows), (x, columns)))
+        return (along_y @ knots @ along_x.T >> 2 * power).astype(np.int16)
     a, b, h = _rotation(bits)
     period = 2 * (height + width) if kind == 'gradient' else _between(bits, 6, 28)
     y, x = y + _between(bits, 0, 511), x + _between(bits, 0, 511)
@@ -201,10 +197,3 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         for index in range(NUM_EXAMPLES[split]):
             image, label = draw(split, index)
             yield index, {'image': encode(image), 'label': label}
-
-    def download_and_prepare(self, **kwargs) -> None:
-        """As in TFDS, but nothing goes to stdout, which is for results; a bar on stderr only if it is a terminal."""
-        if not sys.stderr.isatty():
-            tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(sys.stderr):
-            super().download_and_prepare(**kwargs)

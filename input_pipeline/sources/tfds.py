@@ -43,6 +43,8 @@ def open_shapes(data_dir: str, split: str) -> Source:
 def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], data_dir: str) -> tfds.core.DatasetBuilder:
     try:
         os.makedirs(data_dir, exist_ok=True)
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()
         # Several workers of one machine may start at once; one prepares, the others wait. TFDS prints to stdout, which
         # is for results.
         with open(os.path.join(data_dir, '.preparing.lock'), 'w') as lock, contextlib.redirect_stdout(sys.stderr):
@@ -78,14 +80,12 @@ def _open_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise DataError(f'{what} is prepared as {info.file_format.value}; prepare it as tfrecord or array_record')
     index = load_record_index(paths, os.path.basename(paths[0]).partition('.')[0], image_key, label_key)
-    parts = []
     shards = np.split(index, np.searchsorted(index[:, 0], np.arange(1, len(paths))))
     for path, records, instruction in zip(paths, shards, instructions):
         if len(records) != instruction.examples_in_shard:
             raise DataError(f'{what}: {path} holds {len(records)} records, dataset_info.json says '
                             f'{instruction.examples_in_shard}; prepare it again')
-        parts.append(records[instruction.skip:instruction.skip + instruction.take])
-    index = np.concatenate(parts)
+    index = np.concatenate([records[part.skip:part.skip + part.take] for records, part in zip(shards, instructions)])
     check_labels(index[:, 3], len(class_names), what, 'a split without labels cannot be used')
     return make_indexed_source(what, paths, index, class_names)
 
