@@ -1,28 +1,11 @@
 """Which example stands at which position of training, and the key of its randomness."""
 import functools
-import threading
 
 import numpy as np
-
-_lock = threading.Lock()
 
 
 # NumPy guarantees the raw stream of Philox for all versions, which it does not for shuffle() or permutation().
 @functools.lru_cache(maxsize=3)
-def _permutation(seed: int, epoch: int, n: int, block_size: int) -> np.ndarray:
-    philox = np.random.Philox(key=[seed, epoch])
-    order = np.argsort(philox.random_raw(n), kind='stable')
-    if block_size > 1:
-        # Blocks begin where block_size divides the position. So the first and the last of an epoch may be cut short,
-        # and keep their places; all is turned by a random number of examples, so that they are others in each epoch.
-        blocks = (epoch * n % block_size + np.arange(n)) // block_size
-        keys = philox.random_raw(blocks[-1] + 1)
-        keys[0], keys[-1] = 0, np.iinfo(np.uint64).max
-        order = (order[np.argsort(keys[blocks[order]], kind='stable')] + philox.random_raw() % n) % n
-    order.flags.writeable = False
-    return order
-
-
 def permutation(seed: int, epoch: int, n: int, block_size: int = 1) -> np.ndarray:
     """The order of `n` examples in epoch `epoch`; `seed` and `epoch` are at least 0.
 
@@ -36,9 +19,17 @@ def permutation(seed: int, epoch: int, n: int, block_size: int = 1) -> np.ndarra
     Returns:
       int64 [n], read-only: each of 0..n-1 once.
     """
-    # Under the lock, readers that reach a new epoch together sort once instead of once each.
-    with _lock:
-        return _permutation(seed, epoch, n, block_size)
+    philox = np.random.Philox(key=[seed, epoch])
+    order = np.argsort(philox.random_raw(n), kind='stable')
+    if block_size > 1:
+        # The first and the last block of an epoch may be cut short, and keep their places; all is turned by a random
+        # number of examples, so that they are others in each epoch.
+        blocks = (epoch * n % block_size + np.arange(n)) // block_size
+        keys = philox.random_raw(blocks[-1] + 1)
+        keys[0], keys[-1] = 0, np.iinfo(np.uint64).max
+        order = (order[np.argsort(keys[blocks[order]], kind='stable')] + philox.random_raw() % n) % n
+    order.flags.writeable = False
+    return order
 
 
 def epoch_key(seed: int, epoch: int) -> int:
