@@ -47,7 +47,12 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0), ratio: tu
             height, width, height_at = header
             window = crop_window(uniform, height, width, scale, ratio)
             factor = next((f for f in (8, 4, 2) if min(window[2:]) >= f * image_size), 1)
-            image = _decode_top(encoded, height_at, min(height, window[0] + window[2]), width, factor)
+            # A decoder that is told to skip what lies below still takes the time to read it, so that it is told of an
+            # image that ends there: a little later, for what is smoothed across rows.
+            height = min(height, window[0] + window[2] + 8)
+            image = simplejpeg.decode_jpeg(  # strict minds the rest behind the end
+                b''.join((encoded[:height_at], height.to_bytes(2), encoded[height_at + 2:])), fastupsample=True,
+                min_height=-(-height // factor), min_width=-(-width // factor), strict=False)
             window = [round(side / factor) for side in window]
         else:
             image = decode(encoded)
@@ -103,10 +108,9 @@ def make_center_crop(resize: int = 256, interpolation: str = 'bicubic', dct_scal
             starts = [round((side - image_size) / 2) for side in resized]
             if dct_scaling:
                 image.draft('RGB', resized)
-            spans = [(start * size / side, min(size, (start + image_size) * size / side))
-                     for start, side, size in zip(starts, resized, image.size)]
-            box = (spans[0][0], spans[1][0], spans[0][1], spans[1][1])
-            return np.asarray(image.convert('RGB').resize((image_size, image_size), kernel, box))
+            box = [min(size, (start + edge) * size / side) for edge in (0, image_size)
+                   for start, side, size in zip(starts, resized, image.size)]
+            return np.asarray(image.convert('RGB').resize((image_size, image_size), kernel, tuple(box)))
 
     return crop
 
@@ -153,16 +157,3 @@ def _read_simple_jpeg_header(encoded: bytes) -> tuple[int, int, int] | None:
             return header if header and encoded[at + 4] == channels else None
         at += 2 + length
     return None
-
-
-def _decode_top(encoded: bytes, height_at: int, num_rows: int, width: int, factor: int) -> np.ndarray:
-    """The first rows of a JPEG, decoded at 1 / factor of its size.
-
-    A decoder that is told to skip what lies below still takes the time to read it, so that it is told of an image that
-    ends there: a little later, for what is smoothed across rows.
-    """
-    height = int.from_bytes(encoded[height_at:height_at + 2])
-    height = min(height, num_rows + 8)
-    shorter = b''.join((encoded[:height_at], height.to_bytes(2), encoded[height_at + 2:]))
-    return simplejpeg.decode_jpeg(shorter, fastupsample=True, min_height=-(-height // factor),
-                                  min_width=-(-width // factor), strict=False)  # strict minds the rest behind the end
