@@ -1,4 +1,5 @@
 """Source and position -> batches, read ahead and decoded in parallel."""
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -41,14 +42,15 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
     if seed < 0 or start_position < 0 or shuffle_block < 1:
         raise ValueError(f'seed ({seed}) and start_position ({start_position}) must be at least 0, and shuffle_block '
                          f'({shuffle_block}) at least 1')
+    batches = _positions(start_position, tf.int64.max, global_batch_size, shard, num_shards)
 
     def examples(positions):
         epochs, places = np.divmod(positions, len(source))
         indices, keys = np.empty_like(places), np.empty_like(places)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            indices[chosen] = order.permutation(seed, int(epoch), len(source), shuffle_block)[places[chosen]]
-            keys[chosen] = order.epoch_key(seed, int(epoch))
+            indices[chosen] = order.permutation(seed, epoch, len(source), shuffle_block)[places[chosen]]
+            keys[chosen] = order.epoch_key(seed, epoch)
         return indices, np.stack([keys, indices], axis=1).view(np.uint64)
 
     def change(image, rng):
@@ -56,8 +58,9 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
             image = cv2.flip(image, 1)
         return augment(image, rng) if augment else image
 
-    return _make_dataset(source, examples, crop, change, image_size, start_position, None, global_batch_size, shard,
-                         num_shards, on_bad, on_times, -(-_PART // shuffle_block) * shuffle_block)
+    stages = {'decode': lambda encoded, rng: crop(encoded, rng, image_size), 'augment': change}
+    return _make_dataset(source, batches, examples, stages, image_size, -(-_PART // shuffle_block) * shuffle_block,
+                         on_bad, on_times)
 
 
 def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 224, resize: int = 256,
@@ -77,95 +80,81 @@ def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 22
     if interpolation not in ('bicubic', 'bilinear'):
         raise ValueError(f"eval_dataset: interpolation must be 'bicubic' or 'bilinear', not {interpolation!r}")
     crop = make_center_crop(resize, interpolation, dct_scaling)
+    batches = _positions(0, len(source), global_batch_size, shard, num_shards)
 
     def examples(positions):
-        indices = np.where(positions < len(source), positions, -1)
-        return indices, np.zeros([len(indices), 2], np.uint64)
+        return np.where(positions < len(source), positions, -1), np.zeros([len(positions), 2], np.uint64)
 
-    return _make_dataset(source, examples, crop, lambda image, rng: image, image_size, 0,
-                         -(-len(source) // global_batch_size), global_batch_size, shard, num_shards, on_bad, None,
-                         _PART)
+    return _make_dataset(source, batches, examples, {'decode': lambda encoded, rng: crop(encoded, rng, image_size)},
+                         image_size, _PART, on_bad, None)
 
 
 def why_bad(source: Source, index: int) -> str:
     """Why this example is masked."""
     if problem := source.problem(index):
         return problem
-    encoded, _ = source[index]
     try:
-        decode(encoded)
+        decode(source[index][0])
     except ValueError as error:
         return str(error)
     return 'it can be decoded, but train_dataset.crop fails on it'
 
 
-def _make_dataset(source: Source, examples: Callable, crop: Crop, change: Augment, image_size: int, start_position: int,
-                  num_batches: int | None, global_batch_size: int, shard: int, num_shards: int,
-                  on_bad: Callable[[int, int], None] | None, on_times: Callable[[Mapping[str, float]], None] | None,
-                  part_rows: int) -> tf.data.Dataset:
-    """`examples(positions)` -> indices (-1: padding) and uint64 [n, 2] keys; num_batches None: endless."""
-    if global_batch_size <= 0 or num_shards <= 0 or global_batch_size % num_shards:
+def _positions(start: int, stop: int, global_batch_size: int, shard: int, num_shards: int) -> tf.data.Dataset:
+    """int64 [rows] of each global batch that begins in start..stop-1: the positions of the shard's rows."""
+    if global_batch_size <= 0 or not 0 <= shard < num_shards or global_batch_size % num_shards:
         raise ValueError(f'global_batch_size ({global_batch_size}) must be a positive multiple of the number of shards '
-                         f'({num_shards})')
-    if not 0 <= shard < num_shards:
-        raise ValueError(f'shard ({shard}) must be in 0..{num_shards - 1}')
-    rows = global_batch_size // num_shards
+                         f'({num_shards}), and shard ({shard}) in 0..{num_shards - 1}')
+    rows = np.split(np.arange(global_batch_size), num_shards)[shard]
+    return tf.data.Dataset.range(start, stop, global_batch_size).map(lambda first: first + rows)
 
-    def read(batch):
-        positions = start_position + batch * global_batch_size + shard * rows + np.arange(rows)
+
+def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, stages: Mapping[str, Callable],
+                  image_size: int, part_rows: int, on_bad: Callable[[int, int], None] | None,
+                  on_times: Callable[[Mapping[str, float]], None] | None) -> tf.data.Dataset:
+    """`examples(positions)` -> indices (-1: padding) and uint64 [n, 2] keys; stages: name -> f(image, rng) -> image."""
+    (rows,) = batches.element_spec.shape
+
+    def read(positions):
         indices, keys = examples(positions)
         images = np.zeros([rows, image_size, image_size, 3], np.uint8)
         labels, mask = np.zeros(rows, np.int32), (indices >= 0).astype(np.float32)
 
         def read_part(start):
-            secs, lap = _start_stopwatch()
-            chosen = np.arange(start, min(start + part_rows, rows))
-            chosen = chosen[indices[chosen] >= 0]
+            laps = [('', time.perf_counter())]
+            chosen = start + np.flatnonzero(indices[start:start + part_rows] >= 0)
             encoded, labels[chosen] = source.read(indices[chosen])
-            lap('read')
+            laps.append(('read', time.perf_counter()))
             philox = np.random.Philox(0)
             rng, state = np.random.Generator(philox), philox.state
             for row, image in zip(chosen, encoded):
                 state['state']['key'] = keys[row]
                 philox.state = state  # ten times as fast as another generator
                 try:
-                    image = crop(image, rng, image_size)
-                    lap('decode')
-                    image = change(image, rng)
-                    lap('augment')
+                    for stage, change in stages.items():
+                        image = change(image, rng)
+                        laps.append((stage, time.perf_counter()))
                     images[row] = image
-                    lap('batch')
+                    laps.append(('batch', time.perf_counter()))
                 except ValueError:
                     mask[row] = 0.0
                     if on_bad is not None:
                         on_bad(int(positions[row]), int(indices[row]))
             if on_times is not None:
+                secs = Counter()
+                for (_, before), (stage, now) in itertools.pairwise(laps):
+                    secs[stage] += now - before
                 on_times(secs)
 
         threads.for_each(read_part, range(0, rows, part_rows))
         return images, labels, indices, mask
 
-    def read_op(batch):
-        tensors = tf.numpy_function(read, [batch], [tf.uint8, tf.int32, tf.int64, tf.float32], stateful=False)
+    def read_op(positions):
+        tensors = tf.numpy_function(read, [positions], [tf.uint8, tf.int32, tf.int64, tf.float32], stateful=False)
         shapes = [rows, image_size, image_size, 3], [rows], [rows], [rows]
         return {key: tf.ensure_shape(tensor, shape)
                 for key, tensor, shape in zip(('image', 'label', 'index', 'mask'), tensors, shapes)}
 
-    dataset = tf.data.Dataset.range(tf.int64.max if num_batches is None else num_batches)
-    dataset = dataset.map(read_op, num_parallel_calls=2, deterministic=True)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return dataset.prefetch(2).with_options(options)
-
-
-def _start_stopwatch() -> tuple[dict[str, float], Callable[[str], None]]:
-    """(seconds by stage, lap): lap(stage) adds the time since the last one to that stage."""
-    secs, last = Counter(), time.perf_counter()
-
-    def lap(stage):
-        nonlocal last
-        now = time.perf_counter()
-        secs[stage] += now - last
-        last = now
-
-    return secs, lap
+    return batches.map(read_op, num_parallel_calls=2, deterministic=True).prefetch(2).with_options(options)
