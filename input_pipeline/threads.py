@@ -1,6 +1,7 @@
 """The threads that read and decode, one for each core the process may use; they are done before the interpreter is."""
 import atexit
 import concurrent.futures
+import contextlib
 import os
 import threading
 import time
@@ -17,17 +18,13 @@ def for_each(function: Callable[[int], None], items: Iterable[int]) -> None:
     """
     _callers.add(threading.get_ident())
     futures = []
-    try:
+    with contextlib.suppress(RuntimeError):  # only the interpreter closes the pool, when it exits
         for item in items:
             futures.append(_POOL.submit(function, item))
-    except RuntimeError:
-        pass  # Only the interpreter closes the pool, when it exits.
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        concurrent.futures.wait(futures)
-        _callers.discard(threading.get_ident())
+    concurrent.futures.wait(futures)
+    _callers.discard(threading.get_ident())
+    for future in futures:
+        future.result()
 
 
 @atexit.register
