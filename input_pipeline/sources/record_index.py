@@ -83,13 +83,11 @@ def find_image_and_label(record: bytes, image_key: str, label_key: str) -> tuple
         raise ValueError('the payload is no tf.train.Example') from error
     present = sorted(features)  # before the look at one that is missing adds it, empty
     images, labels = features[image_key].bytes_list.value, features[label_key].int64_list.value
-    if image_key in present and len(images) != 1:
-        raise ValueError(f'feature {image_key!r} is not one string of bytes')
-    if label_key in present and len(labels) != 1:
-        raise ValueError(f'feature {label_key!r} {"holds more than one value" if labels else "is not one integer"}')
-    for key in (image_key, label_key):
-        if key not in present:
-            raise ValueError(f'no feature {key!r}; the record has: {", ".join(present) or "none"}')
+    for key, values, kind in ((image_key, images, 'string of bytes'), (label_key, labels, 'integer')):
+        if key in present and len(values) != 1:
+            raise ValueError(f'feature {key!r} {"holds more than one value" if values else f"is not one {kind}"}')
+    if missing := [key for key in (image_key, label_key) if key not in present]:
+        raise ValueError(f'no feature {missing[0]!r}; the record has: {", ".join(present) or "none"}')
     image = images[0]
     # By its beginning: to look for all of it takes ten times as long as to parse the record.
     offset = record.find(image[:32])

@@ -73,22 +73,19 @@ def _read_spans(paths: Sequence[str], spans: Sequence[tuple[int, int, int]]) -> 
     return encoded
 
 
-def _list_shards(data_dir: str, suffix: str) -> dict[str, list[str]]:
-    """The file names of the shards of every split in DATA_DIR, sorted."""
+def _list_shards(data_dir: str, suffix: str) -> dict[str, str]:
+    """The split of every shard in DATA_DIR by its file name, in order."""
     pattern = re.compile(r'(.+)-\d{5}-of-\d{5}' + re.escape(suffix))
-    splits = {}
-    for match in filter(None, map(pattern.fullmatch, sorted(tf.io.gfile.listdir(data_dir)))):
-        splits.setdefault(match[1], []).append(match[0])
-    return splits
+    return {match[0]: match[1] for match in map(pattern.fullmatch, sorted(tf.io.gfile.listdir(data_dir))) if match}
 
 
 def find_shards(data_dir: str, split: str, suffix: str = '') -> list[str]:
     """Paths of DATA_DIR/<split>-?????-of-?????<suffix> in order; DataError if any is missing or two sets are mixed."""
-    splits = _list_shards(data_dir, suffix)
-    if split not in splits:
+    shards = _list_shards(data_dir, suffix)
+    found = [name for name in shards if shards[name] == split]
+    if not found:
         raise DataError(f'no shards {split}-?????-of-?????{suffix} in {data_dir}; splits found there: '
-                        f'{", ".join(sorted(splits)) or "none"}')
-    found = splits[split]
+                        f'{", ".join(sorted(set(shards.values()))) or "none"}')
     counts = sorted({name.removesuffix(suffix)[-5:] for name in found})
     if len(counts) > 1:
         raise DataError(f'{data_dir} mixes shards of {split} of several sets: -of-{", -of-".join(counts)}; keep one')
@@ -105,7 +102,7 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
 
     `labels` are those of `split`; `load_labels` gives those of another split.
     """
-    rule_split = 'train' if 'train' in _list_shards(data_dir, suffix) else split
+    rule_split = 'train' if 'train' in _list_shards(data_dir, suffix).values() else split
     rule_labels = labels if rule_split == split else load_labels(rule_split)
     rule_labels = rule_labels[rule_labels != NO_LABEL]
     what = f'{rule_split} of {data_dir}'
