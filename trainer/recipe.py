@@ -2,8 +2,10 @@
 
 Apart from loop.py so that training and evaluation share one reading of the same settings.
 """
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 class ConfigError(Exception):
@@ -16,22 +18,18 @@ def require(is_right: bool, name: str, value: object, right: str) -> None:
         raise ConfigError(f'{name} is {value!r}; it must be {right}')
 
 
-def _is_integer(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def is_number(value: object, minimum: float = float('-inf'), below: float = float('inf')) -> bool:
-    """Whether it is a number, and neither NaN nor infinite, with minimum <= value < below."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value < below
+def is_number(value: object, minimum: float = -math.inf, below: float = math.inf, kind: Any = int | float) -> bool:
+    """Whether it is a number of that kind, and neither NaN nor infinite, with minimum <= value < below."""
+    return isinstance(value, kind) and not isinstance(value, bool) and minimum <= value < below
 
 
 def _are_stages(value: object) -> bool:
     if not isinstance(value, tuple | list) or not value or not all(
-            isinstance(pair, tuple | list) and len(pair) == 2 and is_number(pair[0], 0) and _is_integer(pair[1], 1)
-            for pair in value):
+            isinstance(pair, tuple | list) and len(pair) == 2 and is_number(pair[0], 0)
+            and is_number(pair[1], 1, kind=int) for pair in value):
         return False
-    epochs = [pair[0] for pair in value]
-    return epochs[0] == 0 and all(a < b for a, b in zip(epochs, epochs[1:]))
+    epochs = [epoch for epoch, _ in value]
+    return epochs[0] == 0 and epochs == sorted(set(epochs))
 
 
 def _check(settings: object, root: str, *rules: tuple) -> None:
@@ -95,12 +93,12 @@ class Train:
             (lambda v: isinstance(v, str) and v != '', 'None or the path of a checkpoint or a file of weights',
              'initial_weights'),
             (lambda v: is_number(v, 0, 1), 'None, or at least 0 and below 1', 'ema_decay'),
-            (lambda v: _is_integer(v, 1), 'a positive integer', 'global_batch_size', 'steps_per_loop', 'accumulate',
-             'checkpoint_every_steps', 'keep_checkpoints', 'log_every_steps'),
-            (lambda v: _is_integer(v, 1), 'None or a positive integer', 'max_steps', 'keep_every_steps',
+            (lambda v: is_number(v, 1, kind=int), 'a positive integer', 'global_batch_size', 'steps_per_loop',
+             'accumulate', 'checkpoint_every_steps', 'keep_checkpoints', 'log_every_steps'),
+            (lambda v: is_number(v, 1, kind=int), 'None or a positive integer', 'max_steps', 'keep_every_steps',
              'rollback_after'),
-            (lambda v: _is_integer(v, 0), 'an integer from 0', 'seed', 'max_rollbacks'),
-            (lambda v: _is_integer(v, 0), 'a number of batches, or 0', 'eval_precise_batch_norm'),
+            (lambda v: is_number(v, 0, kind=int), 'an integer from 0', 'seed', 'max_rollbacks'),
+            (lambda v: is_number(v, 0, kind=int), 'a number of batches, or 0', 'eval_precise_batch_norm'),
             (lambda v: isinstance(v, bool), 'True or False', 'sync_batch_norm', 'eval_flip', 'allow_config_change'),
             (lambda v: v in ('auto', True, False), "'auto', True or False", 'jit'),
             (lambda v: v in ('float32', 'tf32', 'mixed_bfloat16', 'mixed_float16'),
@@ -136,15 +134,13 @@ class Data:
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
-        def are_three(v):
-            return isinstance(v, tuple | list) and len(v) == 3 and all(is_number(x, 0) and x <= 1 for x in v)
-
         three = 'three numbers for R, G, B in 0..1, standard deviations above 0'
         _check(self, 'data',
                (lambda v: isinstance(v, str) and v != '', 'a name', 'name', 'train_split', 'eval_split'),
                (lambda v: isinstance(v, str), 'None or a string', 'default_dir', 'otherwise'),
-               (are_three, three, 'pixel_mean'),
-               (lambda v: are_three(v) and min(v) > 0, three, 'pixel_std'))
+               (lambda v: isinstance(v, tuple | list) and len(v) == 3 and all(is_number(x, 0) and x <= 1 for x in v),
+                three, 'pixel_mean', 'pixel_std'),
+               (lambda v: min(v) > 0, three, 'pixel_std'))
 
 
 @dataclass(frozen=True)
