@@ -30,7 +30,7 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
     names = ('auto', 'one_device', 'mirrored', 'multi_worker', 'tpu')
     require(name in names, 'build_strategy.name', name, f'one of {", ".join(names)}')
     for key, value in (('num_devices', num_devices), ('op_threads', op_threads)):
-        require(value is None or isinstance(value, int) and value > 0, f'build_strategy.{key}', value,
+        require(value is None or is_number(value, 1, kind=int), f'build_strategy.{key}', value,
                 'None or a positive integer')
     require(is_number(timeout_secs) and timeout_secs > 0, 'build_strategy.timeout_secs', timeout_secs,
             'a positive number of seconds')
@@ -45,29 +45,31 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
     if num_present > len(gpus):  # or a day is lost on the CPU
         logging.warning('this machine has %d NVIDIA GPUs, TensorFlow sees %d: install the cuda extra '
                         "(pip install -e '.[cuda]'), and look at CUDA_VISIBLE_DEVICES", num_present, len(gpus))
-    if name == 'auto':
-        if os.environ.get('PJRT_DEVICE') == 'TPU':  # launch/tpu_vm.sh sets it: TensorFlow needs it to find the chips
-            name = 'tpu'
-        elif num_devices is None and _find_cluster() is not None:
-            name = 'multi_worker'
-        else:
-            name = 'mirrored' if (num_devices or len(gpus)) > 1 else 'one_device'
+    if name == 'auto' and os.environ.get('PJRT_DEVICE') == 'TPU':  # launch/tpu_vm.sh sets it, or no chips are found
+        name = 'tpu'
+    elif name == 'auto' and num_devices is None and _find_cluster() is not None:
+        name = 'multi_worker'
+    elif name == 'auto':
+        name = 'mirrored' if (num_devices or len(gpus)) > 1 else 'one_device'
     if num_devices is not None and name != 'mirrored' and (name, num_devices) != ('one_device', 1):
         raise ConfigError(f'build_strategy.num_devices is {num_devices} with {name}; take mirrored')
     if name == 'tpu':
         return _build_tpu_strategy(tpu)
     if name == 'multi_worker':
         return _build_multi_worker_strategy(len(gpus), timeout_secs)
-    if name == 'one_device':
-        devices = ['GPU:0' if gpus else 'CPU:0']
-        strategy = tf.distribute.OneDeviceStrategy(*devices)
-    else:
-        devices = [f'GPU:{i}' for i in range(num_devices or len(gpus))] if gpus else _logical_cpus(num_devices or 1)
-        if gpus and len(devices) > len(gpus):
-            raise ConfigError(f'build_strategy.num_devices is {num_devices}; TensorFlow sees {len(gpus)} GPUs')
-        strategy = tf.distribute.MirroredStrategy(devices)
+    kind, count = 'GPU' if gpus else 'CPU', 1 if name == 'one_device' else num_devices or len(gpus) or 1
+    if not gpus:
+        with contextlib.suppress(RuntimeError):  # TensorFlow has started: what it has then counts
+            tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0],
+                                                       [tf.config.LogicalDeviceConfiguration()] * count)
+    if (present := len(tf.config.list_logical_devices(kind))) < count:
+        raise ConfigError(f'build_strategy.num_devices is {num_devices}, but TensorFlow has started with {present} '
+                          f'{kind}s; logical CPUs are made before anything is computed')
+    devices = [f'{kind}:{i}' for i in range(count)]
     logging.info('strategy %s on %s', name, ', '.join(devices))
-    return strategy
+    if name == 'one_device':
+        return tf.distribute.OneDeviceStrategy(*devices)
+    return tf.distribute.MirroredStrategy(devices)
 
 
 def has_accelerator() -> bool:
@@ -114,14 +116,12 @@ def _find_cluster() -> tf.distribute.cluster_resolver.ClusterResolver | None:
             raise ConfigError(f'TF_CONFIG is {text!r}: {error!r}; it must be as {{"cluster": {{"worker": ["host:port", '
                               '...]}, "task": {"type": "worker", "index": 0}}') from error
         return resolver if len(workers) > 1 else None
-    if int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
-        return tf.distribute.cluster_resolver.SlurmClusterResolver()
-    return None
+    is_slurm = int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) > 1
+    return tf.distribute.cluster_resolver.SlurmClusterResolver() if is_slurm else None
 
 
 def _build_multi_worker_strategy(num_gpus: int, timeout_secs: float) -> tf.distribute.Strategy:
-    resolver = _find_cluster()
-    if resolver is None:
+    if (resolver := _find_cluster()) is None:
         raise ConfigError("build_strategy.name is 'multi_worker', but neither TF_CONFIG nor SLURM names more than one "
                           'worker: start it with launch/multi_worker.sh or launch/slurm.sbatch, or take --workers')
     _wait_for_all(resolver, timeout_secs)
@@ -166,13 +166,3 @@ def _build_tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     strategy = tf.distribute.TPUStrategy(resolver)
     logging.info('strategy tpu on %d cores of %s', strategy.num_replicas_in_sync, tpu)
     return strategy
-
-
-def _logical_cpus(count: int) -> list[str]:
-    cpu = tf.config.list_physical_devices('CPU')[0]
-    with contextlib.suppress(RuntimeError):  # TensorFlow has started: what it has then counts
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
-    if (num_logical := len(tf.config.list_logical_devices('CPU'))) < count:
-        raise ConfigError(f'build_strategy.num_devices is {count}, but TensorFlow has already started with '
-                          f'{num_logical} logical CPUs; set it before anything is computed')
-    return [f'CPU:{i}' for i in range(count)]
