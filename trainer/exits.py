@@ -13,14 +13,9 @@ def leave(message: str) -> NoReturn:
 
 def end(code: int, message: str) -> NoReturn:
     """Ends the process at once with this exit code."""
-    say(message)
+    show(f'\n{message}\n', sys.stderr)
     sys.stdout.flush()
     os._exit(code)
-
-
-def say(message: str) -> None:
-    """A line of its own on stderr."""
-    show(f'\n{message}\n', sys.stderr)
 
 
 def show(text: str, stream: TextIO) -> None:

@@ -34,11 +34,10 @@ def main(argv: list[str]) -> int:
         print(f'{__doc__}\n{_FLAGS.module_help(sys.modules[__name__])}')
         return 0
     try:
-        stray = _FLAGS(argv)[1:]
+        if stray := _FLAGS(argv)[1:]:
+            raise flags.Error(f'unexpected argument {stray[0]!r}: every setting is a flag, as --gin_file={stray[0]}')
     except flags.Error as error:
         return _fail(str(error).replace('\n', ' '))
-    if stray:
-        return _fail(f'unexpected argument {stray[0]!r}: every setting is a flag, as --gin_file={stray[0]}')
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(message)s', force=True)
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS' own progress is of no use to the reader
     _import_tensorflow()
@@ -49,10 +48,8 @@ def main(argv: list[str]) -> int:
     try:
         with StopSignals() as signals:
             _run(signals)
-    except (ConfigError, DataError) as error:
-        return _fail(next(iter(str(error).splitlines()), ''))
-    except SaveError as error:
-        return _fail(str(error), code=1)
+    except (ConfigError, DataError, SaveError) as error:
+        return _fail(next(iter(str(error).splitlines()), ''), code=1 if isinstance(error, SaveError) else 2)
     except StoppedEarly as stopped:
         logging.info('%s: the same command resumes', stopped)
         return EXIT_STOPPED
@@ -63,35 +60,32 @@ def _run(signals) -> None:
     import tensorflow as tf
 
     import input_pipeline
-    from trainer import benchmark, evaluate, loop
-    from trainer import config as config_module
-    from trainer.exits import leave
-    from trainer.preemption import explain_lost_peer
-    config = config_module.load(_FLAGS.gin_file, _FLAGS.gin_param)
+    from trainer import benchmark, config, evaluate, loop
+    from trainer.preemption import leave_lost_peer
+    loaded = config.load(_FLAGS.gin_file, _FLAGS.gin_param)
     recipes = [Path(file).stem for file in _FLAGS.gin_file if Path(file).parent.name != 'hardware']
     workdir = Path(_FLAGS.workdir or f'runs/{(recipes or ["defaults"])[-1]}').expanduser()
     logging.info('workdir %s', workdir)
     if _FLAGS.workers or _FLAGS.worker_index is not None:
         _describe_cluster(_FLAGS.workers, _FLAGS.worker_index)
-    strategy = config.build_strategy()
+    strategy = loaded.build_strategy()
     signals.install()
     try:
-        name, data_dir, prepare = _find_data(config.data)
-        eval_source = input_pipeline.open_source(name, data_dir, config.data.eval_split, prepare=prepare)
-        needs_train = _FLAGS.mode != 'eval' or config.train.eval_precise_batch_norm
-        train_source = input_pipeline.open_source(name, data_dir, config.data.train_split) if needs_train else None
-        common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': config.train_dataset}
-        both = common | {'eval_source': eval_source, 'eval_dataset': config.eval_dataset, 'workdir': workdir}
+        name, data_dir, prepare = _find_data(loaded.data)
+        eval_source = input_pipeline.open_source(name, data_dir, loaded.data.eval_split, prepare=prepare)
+        needs_train = _FLAGS.mode != 'eval' or loaded.train.eval_precise_batch_norm
+        train_source = input_pipeline.open_source(name, data_dir, loaded.data.train_split) if needs_train else None
+        common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': loaded.train_dataset}
+        both = common | {'eval_source': eval_source, 'eval_dataset': loaded.eval_dataset, 'workdir': workdir}
         if _FLAGS.mode == 'benchmark':
-            print(json.dumps(benchmark.benchmark(config.train, config.data, **common)))
+            print(json.dumps(benchmark.benchmark(loaded.train, loaded.data, **common)))
         elif _FLAGS.mode == 'eval':
-            print(json.dumps(evaluate.evaluate_checkpoint(config.train, config.data, config.evaluate, **both)))
+            print(json.dumps(evaluate.evaluate_checkpoint(loaded.train, loaded.data, loaded.evaluate, **both)))
         else:
-            loop.train(config.train, config.data, fingerprint={**config.fingerprint, 'data.name': repr(name)},
-                       write_config=config.write, should_stop=signals, **both)
+            loop.train(loaded.train, loaded.data, fingerprint={**loaded.fingerprint, 'data.name': repr(name)},
+                       write_config=loaded.write, should_stop=signals, **both)
     except tf.errors.OpError as error:
-        if reason := explain_lost_peer(strategy, error):
-            leave(reason)
+        leave_lost_peer(strategy, error)
         raise
 
 
@@ -108,13 +102,11 @@ def _describe_cluster(workers: list[str], index: int | None) -> None:
 
 def _find_data(data) -> tuple[str, str, bool]:
     """(data source name, directory, whether TFDS may download it)."""
-    data_dir = _FLAGS.data_dir or data.default_dir
     general = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
     if _FLAGS.data_dir is None and data.default_dir and data.otherwise and not os.path.isdir(data.default_dir):
-        logging.warning('no directory %s: taking %s in %s, which TFDS downloads', data.default_dir, data.otherwise,
-                        general)
+        logging.warning('no %s: taking %s in %s, which TFDS downloads', data.default_dir, data.otherwise, general)
         return data.otherwise, general, True
-    return data.name, data_dir or general, False
+    return data.name, _FLAGS.data_dir or data.default_dir or general, False
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -127,20 +119,21 @@ def _import_tensorflow() -> None:
 
     They are shown if that fails; TF_CPP_MIN_LOG_LEVEL=0 shows them always.
     """
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    stderr, failed = os.dup(2), True
+    if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') == '0':
+        return
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as captured:
         os.dup2(captured.fileno(), 2)
         try:
             import tensorflow as tf
             tf.config.list_physical_devices()
-            failed = False
+        except BaseException:
+            captured.seek(0)
+            os.write(stderr, captured.read())
+            raise
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            if failed or os.environ['TF_CPP_MIN_LOG_LEVEL'] == '0':
-                captured.seek(0)
-                sys.stderr.write(captured.read().decode(errors='replace'))
 
 
 if __name__ == '__main__':

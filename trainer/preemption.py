@@ -7,13 +7,14 @@ all, and a process that waits in a collective can only be ended; the last checkp
 import math
 import os
 import signal
+import sys
 import threading
 import time
 
 import tensorflow as tf
 from tensorflow.python.eager import context  # the only way to ask whether a peer is alive
 
-from trainer.exits import EXIT_STOPPED, end, leave, say
+from trainer.exits import EXIT_STOPPED, end, leave, show
 from trainer.strategy import describe_worker, is_multi_worker
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # srun hands the last one on
@@ -69,7 +70,8 @@ class StopSignals:
                 if self._has_come:
                     end(128 + came[0], f'{name} again: the last checkpoint stays; the same command resumes')
                 self._has_come = True
-                say(f'{name}: stopping and saving at the end of this loop of steps (a second signal ends at once)')
+                show(f'\n{name}: stopping and saving at the end of this loop of steps (a second signal ends at once)\n',
+                     sys.stderr)
 
 
 class Watchdog:
@@ -109,16 +111,14 @@ class Watchdog:
                 leave(f'{worker}: no step has returned for {waiting:.0f} s (train.step_timeout_secs)')
 
 
-def explain_lost_peer(strategy: tf.distribute.Strategy, error: tf.errors.OpError) -> str:
-    """What to say of an error that a step on many workers ended with; '' if no peer is to blame."""
+def leave_lost_peer(strategy: tf.distribute.Strategy, error: tf.errors.OpError) -> None:
+    """Ends the process if this error, of a step on many workers, is a peer's."""
     kinds = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError,
              tf.errors.CancelledError, tf.errors.FailedPreconditionError, tf.errors.InternalError)
-    if not is_multi_worker(strategy) or not isinstance(error, kinds):
-        return ''
-    if silent := [describe_worker(strategy, peer) for peer in _peers(strategy) if not _answers(peer)]:
-        return f'lost {", ".join(silent)}'
-    reason = next(iter(error.message.splitlines()), type(error).__name__)
-    return f'a step with the other workers failed: {reason}'
+    if is_multi_worker(strategy) and isinstance(error, kinds):
+        silent = [describe_worker(strategy, peer) for peer in _peers(strategy) if not _answers(peer)]
+        reason = next(iter(error.message.splitlines()), type(error).__name__)
+        leave(f'lost {", ".join(silent)}' if silent else f'a step with the other workers failed: {reason}')
 
 
 def _peers(strategy: tf.distribute.Strategy) -> list[int]:
