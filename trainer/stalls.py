@@ -5,8 +5,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-WORTH_SAYING = 0.05  # of the steps' time
-
 _REMEDIES = {
     'read': 'a faster disk or, for files far away, train_dataset.shuffle_block',
     'decode': 'more cores, smaller files, or a smaller train_dataset.image_size',
@@ -37,8 +35,7 @@ class Stalls:
         if is_traced:
             self.spent({'steps': secs, 'wait': wait_secs})
         else:
-            with self._lock:
-                self._secs.clear()
+            self._secs = Counter()
 
     def metrics(self) -> dict[str, float]:
         """The worst worker's 'train/worst_data_wait', a part of its time, and 'train/input_<stage>', of its threads'.
@@ -50,15 +47,13 @@ class Stalls:
         with self._lock:
             secs, self._secs = self._secs, Counter()
         steps = max(secs['steps'], 1e-9)
-        own = {'wait': min(1.0, secs['wait'] / steps)}
-        own |= {stage: secs[stage] / steps / self._num_threads for stage in _REMEDIES if stage != 'copy'}
-        waits = [self._value_of(worker, own['wait']) for worker in range(self._num_workers)]
-        worst = waits.index(max(waits))
-        found = {name: self._value_of(worst, value) for name, value in own.items()}
-        wait = found.pop('wait')
-        found['copy'] = max(0.0, 1 - sum(found.values()))
+        own = {stage: secs[stage] / steps / self._num_threads for stage in _REMEDIES}
+        own['copy'] = max(0.0, 1 - sum(own.values()))
+        waits = [self._value_of(worker, min(1.0, secs['wait'] / steps)) for worker in range(self._num_workers)]
+        wait, worst = max(waits), waits.index(max(waits))
+        found = {stage: self._value_of(worst, share) for stage, share in own.items()}
         stage = max(found, key=found.get)
-        if wait > WORTH_SAYING and stage not in self._said:
+        if wait > 0.05 and stage not in self._said:  # less is not worth saying
             self._said.add(stage)
             logging.warning(
                 'steps waited for data %.0f %% of their time%s; of that of its %d input threads %s; the input must '
