@@ -34,8 +34,7 @@ class BadExamples:
             self._found.remove(entry)
         self._take_turns(lambda: self._write([index for _, index in due]))
         self._known |= self._read()
-        count, limit = len(self._known), self._budget * len(self._source)
-        if count > limit:
+        if (count := len(self._known)) > self._budget * len(self._source):
             some = '; '.join(f'{self._source.where(i)} (example {i}): {self._known[i]}' for i in list(self._known)[:3])
             raise ConfigError(f'{count} of the {len(self._source)} examples of {self._source.name} are bad, more than '
                               f'train.bad_example_budget = {self._budget:g} of them'

@@ -103,9 +103,7 @@ def load(files: Sequence[str], params: Sequence[str]) -> Config:
         _parse(gin.parse_config_file, found[0], file)
     for param in params:
         _parse(gin.parse_config, param, f"--gin_param='{param}'")
-    used = _used_selectors()
-    _refuse_unused(used)
-    fingerprint = _fingerprint(used)
+    fingerprint = _fingerprint(_used_selectors())
     roots = {name: functools.partial(_call, _CONFIGURABLES[name]) for name in _ROOTS}
     settings = {name: roots.pop(name)() for name in ('train', 'data', 'evaluate')}
     return Config(**settings, **roots, fingerprint=fingerprint, text=gin.config_str())
@@ -145,7 +143,7 @@ def _suggestion(message: str) -> str:
 
 
 def _used_selectors() -> list[tuple[str, str]]:
-    """(scope, selector) of the roots and of all that is referenced from them, in the order they are reached."""
+    """(scope, selector) of the roots and of all that is referenced from them; refuses a binding of anything else."""
     reached = [('', gin.config._REGISTRY.get_match(name).selector) for name in _ROOTS]
     for key in reached:  # grows while it is walked
         for reference in gin.config.iterate_references(_BINDINGS.get(key, {})):
@@ -153,18 +151,14 @@ def _used_selectors() -> list[tuple[str, str]]:
             parts = scope.split('/') if scope else []  # a scope falls back on outer ones
             keys = [('/'.join(parts[:i]), selector) for i in range(len(parts), -1, -1)]
             reached.extend(k for k in keys if k not in reached)
+    for scope, selector in (key for key in _BINDINGS if key not in reached):
+        if selector == _MACRO:
+            raise ConfigError(f'the macro {scope} is set, but nothing uses it: take it out, or write %{scope} where it '
+                              'belongs')
+        name = '/'.join(filter(None, [scope, selector.rsplit('.', 1)[-1]]))
+        raise ConfigError(f'{name}.{next(iter(_BINDINGS[scope, selector]))} is bound, but nothing uses {name}: take '
+                          f'the binding out, or refer to @{name} where it belongs')
     return reached
-
-
-def _refuse_unused(used: list[tuple[str, str]]) -> None:
-    for (scope, selector), bindings in _BINDINGS.items():
-        if (scope, selector) not in used:
-            if selector == _MACRO:
-                raise ConfigError(f'the macro {scope} is set, but nothing uses it: take it out, or write %{scope} '
-                                  'where it belongs')
-            name = '/'.join(filter(None, [scope, selector.rsplit('.', 1)[-1]]))
-            raise ConfigError(f'{name}.{next(iter(bindings))} is bound, but nothing uses {name}: take the binding out, '
-                              f'or refer to @{name} where it belongs')
 
 
 def _parameters(name: str) -> list[inspect.Parameter]:
