@@ -1,7 +1,4 @@
-"""`trainer.train`: trains a Keras model on images in memory, through the very pipeline, step and loop of the command.
-
-Apart from loop.py because it has defaults of its own: a library call has no gin file to say them.
-"""
+"""`trainer.train`: trains a Keras model on images in memory, through the pipeline, step and loop of the command."""
 import functools
 import hashlib
 import tempfile
@@ -22,7 +19,7 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
           eval_data: tuple[np.ndarray, np.ndarray] | None = None, workdir: str | Path | None = None,
           peak_rate: float = 0.1, warmup_epochs: float = 0.0, momentum: float = 0.9, nesterov: bool = True,
           weight_decay: float = 4e-5, image_size: int | None = None, max_shift: int = 0, flip: bool = False,
-          pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406), pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225),
+          pixel_mean: tuple[float, ...] = Data.pixel_mean, pixel_std: tuple[float, ...] = Data.pixel_std,
           **settings: Any) -> dict[str, float]:
     """Trains `model` in place with SGD under a cosine and returns the final metrics, 'eval/top1' and so on.
 

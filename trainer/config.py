@@ -124,7 +124,8 @@ def _parse(parse: Callable[[str], Any], argument: str, origin: str) -> None:
         # gin adds the place to most of its messages; in a --gin_param it is always line 1.
         place = re.search(r'\n  In file "(.*)", line (\d+)', str(error))
         origin = f'{place[1]}: line {place[2]}' if place else origin
-        raise ConfigError(f'{origin}: {_first_line(error).rstrip(".")}{_suggestion(str(error))}') from None
+        problem = str(error).strip().partition('\n')[0].rstrip('.')
+        raise ConfigError(f'{origin}: {problem}{_suggestion(str(error))}') from None
     finally:
         logging.disable(logging.NOTSET)
 
@@ -200,8 +201,4 @@ def _call(configurable: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return configurable(*args, **kwargs)
     except (ConfigError, TypeError, ValueError) as error:
-        raise ConfigError(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(str(error).strip().partition('\n')[0]) from error

@@ -91,8 +91,7 @@ def _run(signals) -> None:
 
 def _describe_cluster(workers: list[str], index: int | None) -> None:
     """Sets TF_CONFIG, where TensorFlow's own servers look too."""
-    if os.environ.get('TF_CONFIG'):
-        raise ConfigError('TF_CONFIG is set and --workers is given: take one of them away')
+    require(not os.environ.get('TF_CONFIG'), '--workers', ','.join(workers), 'left out where TF_CONFIG is set')
     require(all(re.fullmatch(r'[^:\s]+:\d+', worker) for worker in workers), '--workers', ','.join(workers),
             'as alpha:2222,beta:2222')
     require(index is not None and 0 <= index < len(workers), '--worker_index', index,

@@ -1,8 +1,7 @@
 """What ends a run before its time: a signal, or a worker that is lost or hangs.
 
 On a signal all workers save at one step and end with exit code 42. When one of them is lost or hangs, the others say
-which one and end with 75: TensorFlow reports a peer that died as an error of some collective, and one that hangs not at
-all, and a process that waits in a collective can only be ended; the last checkpoint is what is left.
+which one and end with 75: TensorFlow reports a peer that died as an error of some collective, a hanging one not at all.
 """
 import math
 import os
@@ -15,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context  # the only way to ask whether a peer is alive
 
 from trainer.exits import EXIT_STOPPED, end, leave, show
-from trainer.strategy import describe_worker, is_multi_worker
+from trainer.strategy import describe_worker, find_worker, is_multi_worker
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # srun hands the last one on
 
@@ -122,9 +121,8 @@ def leave_lost_peer(strategy: tf.distribute.Strategy, error: tf.errors.OpError) 
 
 
 def _peers(strategy: tf.distribute.Strategy) -> list[int]:
-    resolver = strategy.cluster_resolver
-    num_workers = resolver.cluster_spec().num_tasks('worker') if is_multi_worker(strategy) else 0
-    return [i for i in range(num_workers) if i != resolver.task_id]
+    own, num_workers = find_worker(strategy)
+    return [i for i in range(num_workers) if i != own]
 
 
 def _answers(peer: int) -> bool:

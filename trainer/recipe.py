@@ -1,7 +1,4 @@
-"""The settings of a run as plain values: what `train.*` and `data.*` in a gin file mean, and which values are right.
-
-Apart from loop.py so that training and evaluation share one reading of the same settings.
-"""
+"""The settings of a run as plain values: what `train.*` and `data.*` in a gin file mean, and which values are right."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

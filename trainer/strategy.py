@@ -35,11 +35,7 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
     require(is_number(timeout_secs) and timeout_secs > 0, 'build_strategy.timeout_secs', timeout_secs,
             'a positive number of seconds')
     if op_threads is not None:
-        try:
-            tf.config.threading.set_intra_op_parallelism_threads(op_threads)
-        except RuntimeError as error:
-            raise ConfigError(f'build_strategy.op_threads is {op_threads}, but TensorFlow has already started with '
-                              'another number of threads; set it before anything is computed') from error
+        tf.config.threading.set_intra_op_parallelism_threads(op_threads)
     gpus = tf.config.list_physical_devices('GPU')
     num_present = len(list(Path('/proc/driver/nvidia/gpus').glob('*')))
     if num_present > len(gpus):  # or a day is lost on the CPU
