@@ -3,12 +3,11 @@ import atexit
 import concurrent.futures
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable
 
 _POOL = concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), 'input')
-_callers = set()  # threads of tf.data's in for_each
+_callers = []  # an entry for each thread of tf.data's in for_each
 
 
 def for_each(function: Callable[[int], None], items: Iterable[int]) -> None:
@@ -16,13 +15,13 @@ def for_each(function: Callable[[int], None], items: Iterable[int]) -> None:
 
     Does little or nothing once the interpreter is exiting, when tf.data still fills its buffers.
     """
-    _callers.add(threading.get_ident())
+    _callers.append(None)
     futures = []
     with contextlib.suppress(RuntimeError):  # only the interpreter closes the pool, when it exits
         for item in items:
             futures.append(_POOL.submit(function, item))
     concurrent.futures.wait(futures)
-    _callers.discard(threading.get_ident())
+    _callers.pop()
     for future in futures:
         future.result()
 
