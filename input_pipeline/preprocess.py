@@ -22,8 +22,8 @@ Crop = Callable[[bytes, np.random.Generator, int], np.ndarray]
 
 # Larger ones are taken for decompression bombs: 2 * 1024**3 // 4 // 3, twice what Pillow begins to warn of.
 MAX_PIXELS = 178_956_970
-_DECODERS = {b'\xff\xd8\xff': JpegImagePlugin.JpegImageFile, b'\x89PNG': PngImagePlugin.PngImageFile,
-             b'GIF8': GifImagePlugin.GifImageFile, b'BM': BmpImagePlugin.BmpImageFile}
+DECODERS = {b'\xff\xd8\xff': JpegImagePlugin.JpegImageFile, b'\x89PNG': PngImagePlugin.PngImageFile,
+            b'GIF8': GifImagePlugin.GifImageFile, b'BM': BmpImagePlugin.BmpImageFile}
 # What they raise, besides ValueError.
 _DECODE_ERRORS = (OSError, SyntaxError, EOFError, IndexError, OverflowError, TypeError, struct.error, zlib.error)
 
@@ -127,7 +127,7 @@ def decode(encoded: bytes) -> np.ndarray:
 @contextlib.contextmanager
 def _opened(encoded: bytes) -> Iterator[Image.Image]:
     """The image, of which nothing but the header is decoded yet; errors of Pillow's become a ValueError."""
-    decoder = next((decoder for start, decoder in _DECODERS.items() if encoded.startswith(start)), None)
+    decoder = next((decoder for start, decoder in DECODERS.items() if encoded.startswith(start)), None)
     if decoder is None:
         raise ValueError(f'no JPEG, PNG, GIF or BMP: it begins with {encoded[:12]!r}' if encoded else 'it is empty')
     try:

@@ -5,10 +5,11 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.preprocess import DECODERS
 from input_pipeline.sources.arrayrecord import open_arrayrecord
 from input_pipeline.sources.folder import open_folder
 from input_pipeline.sources.idx import open_idx
-from input_pipeline.sources.source import IMAGE_STARTS, DataError, Source
+from input_pipeline.sources.source import DataError, Source
 from input_pipeline.sources.tfrecord import open_tfrecord
 
 _OPENERS = {'tfrecord': open_tfrecord, 'arrayrecord': open_arrayrecord, 'folder': open_folder, 'idx': open_idx}
@@ -40,7 +41,7 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
     except (OSError, tf.errors.OpError) as error:
         raise DataError(f'{name} in {data_dir} cannot be read: {error}') from error
     # One bad file is masked in training; when all of the first are bad, these are not images at all.
-    if not any(encoded.startswith(IMAGE_STARTS) for encoded in first):
+    if not any(encoded.startswith(tuple(DECODERS)) for encoded in first):
         if problem := source.problem(0):
             raise DataError(f'{source.where(0)}: {problem}; nor can any of the {len(first) - 1} after it be used')
         raise DataError(f'{source.where(0)} is no JPEG, PNG, GIF or BMP image (it begins with {first[0][:8]!r}), nor '

@@ -4,9 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# How the formats that a decoder exists for begin: JPEG, PNG, GIF, BMP.
-IMAGE_STARTS = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM')
-
 
 class DataError(Exception):
     """Data that are missing or are not what they should be; the message is one line and says what would be right."""
