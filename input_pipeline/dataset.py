@@ -12,15 +12,13 @@ from input_pipeline import order, threads
 from input_pipeline.preprocess import Crop, decode, make_center_crop, make_random_resized_crop
 from input_pipeline.sources.source import Source
 
-Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-
 _PART = 16  # examples that one thread reads and decodes in one go
 _DEFAULT_CROP = make_random_resized_crop()
 
 
 def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 224, seed: int = 0,
                   start_position: int = 0, shard: int = 0, num_shards: int = 1, shuffle_block: int = 1,
-                  crop: Crop = _DEFAULT_CROP, flip: bool = True, augment: Augment | None = None,
+                  crop: Crop = _DEFAULT_CROP, flip: bool = True, augment: Callable | None = None,
                   on_bad: Callable[[int, int], None] | None = None,
                   on_times: Callable[[Mapping[str, float]], None] | None = None) -> tf.data.Dataset:
     """Endless batches: rows [shard * B / num_shards, (shard + 1) * B / num_shards) of each global batch of B.
@@ -28,7 +26,7 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
     The example at position p is number `order.permutation(seed, p // N, N, shuffle_block)[p % N]` of the source's N;
     the first is at `start_position`. A block is one read of a remote source, if shuffle_block divides B / num_shards.
     Batches straddle epochs; nothing is dropped. What is random in an example depends on (seed, epoch, number) alone:
-    the crop, see `preprocess`, with `flip` whether it is mirrored, and what `augment` then makes of it, see `augment`.
+    the crop, see `preprocess`, with `flip` whether it is mirrored, and what `augment`(image, rng) then makes of it.
     on_bad is called with (position, number) of each example that cannot be used, in some thread, before its batch;
     on_times with the seconds that a thread has spent on 'read', 'decode', 'augment' and 'batch'.
 

@@ -15,10 +15,7 @@ _REMEDIES = {
 
 
 class Stalls:
-    """What steps and the threads of the input pipeline did since the last report, on all workers.
-
-    sum_over_workers is that of `step.make_sum_over_workers`; this is number `worker` of `num_workers`.
-    """
+    """What steps and threads of the input pipeline did since the last report; this is `worker` of `num_workers`."""
 
     def __init__(self, sum_over_workers: Callable[[int], int], worker: int, num_workers: int):
         self._sum_over_workers, self._worker, self._num_workers = sum_over_workers, worker, num_workers
