@@ -115,7 +115,9 @@ def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, 
 
     def read(positions):
         indices, keys = examples(positions)
-        images = np.zeros([rows, image_size, image_size, 3], np.uint8)
+        # TensorFlow takes memory at a multiple of 64 bytes as it is, and copies other.
+        memory = np.zeros(rows * image_size**2 * 3 + 63, np.uint8)
+        images = np.ndarray([rows, image_size, image_size, 3], np.uint8, memory, -memory.ctypes.data % 64)
         labels, mask = np.zeros(rows, np.int32), (indices >= 0).astype(np.float32)
 
         def read_part(start):

@@ -5,13 +5,11 @@ any more, so that it makes no difference how many follow before the host comes t
 """
 import tensorflow as tf
 
-Tensors = dict[str, tf.Tensor]
-
 MEAN_DECAY = 0.99  # of the mean norm that a leap is measured against
 MIN_NORMS = 20  # fewer are not enough to tell what is usual
 
 
-def init_guard(spike_factor: float | None, rollback_after: int | None) -> Tensors:
+def init_guard(spike_factor: float | None, rollback_after: int | None) -> dict[str, tf.Tensor]:
     """Scalars: 'mean_norm' float32 and 'norms' int64, how many it is of; 'skips_in_a_row' and 'rollbacks' int64.
 
     Nothing if both arguments are None.
@@ -22,8 +20,9 @@ def init_guard(spike_factor: float | None, rollback_after: int | None) -> Tensor
     return {'mean_norm': tf.constant(0.0), 'norms': zero, 'skips_in_a_row': zero, 'rollbacks': zero}
 
 
-def next_guard(guard: Tensors, is_finite: tf.Tensor, norm: tf.Tensor, spike_factor: float | None,
-               rollback_after: int | None, is_excused: tf.Tensor | bool = False) -> tuple[tf.Tensor, Tensors]:
+def next_guard(guard: dict[str, tf.Tensor], is_finite: tf.Tensor, norm: tf.Tensor, spike_factor: float | None,
+               rollback_after: int | None,
+               is_excused: tf.Tensor | bool = False) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
     """(whether the step is taken, the guard after it).
 
     Args:

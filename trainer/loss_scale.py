@@ -5,21 +5,19 @@ gradients are divided by it in float32; how large the scale may be is found out 
 """
 import tensorflow as tf
 
-Tensors = dict[str, tf.Tensor]
-
 GROWTH_STEPS = 2000  # steps in a row that have to be finite before the scale doubles
 # The range in which float32 gradients, divided by the scale, keep all their digits.
 MIN_SCALE, MAX_SCALE = 2.0**-14, 2.0**24
 
 
-def init_loss_scale(precision: str) -> Tensors:
+def init_loss_scale(precision: str) -> dict[str, tf.Tensor]:
     """{'loss_scale': float32 scalar, 'loss_scale_steps': int64 scalar, finite steps since it changed}, or nothing."""
     if precision != 'mixed_float16':
         return {}
     return {'loss_scale': tf.constant(2.0**15), 'loss_scale_steps': tf.constant(0, tf.int64)}
 
 
-def next_loss_scale(state: Tensors, is_finite: tf.Tensor) -> Tensors:
+def next_loss_scale(state: dict[str, tf.Tensor], is_finite: tf.Tensor) -> dict[str, tf.Tensor]:
     """Half the scale after a step that was not finite, twice the scale after GROWTH_STEPS in a row that were.
 
     Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2, with the constants of NVIDIA's
