@@ -32,15 +32,15 @@ def load_record_index(paths: Sequence[str], name: str, image_key: str, label_key
     return cached_array(paths, name, f'{image_key} {label_key}', build)
 
 
-def open_shard(path: str) -> BinaryIO:
+def open_shard(path: str, buffer_size: int = 0) -> BinaryIO:
     """A shard, local or remote, for one reader: threads that shared the file would move its position for each other."""
-    return tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb', buffering=0)
+    return tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb', buffering=buffer_size)
 
 
 def index_shard(path: str, image_key: str, label_key: str) -> np.ndarray:
     """int64 [n, 3]: offset and length of the image bytes in the file, and the label, of each record of one shard."""
     rows, at, end = [], 0, tf.io.gfile.stat(path).length
-    with open_shard(path) as file:
+    with open_shard(path, buffer_size=1 << 20) as file:  # twice as fast as three reads from the disk a record
         # A record is length u64, its CRC u32, payload, its CRC u32.
         while at + 12 <= end:
             header = file.read(12)
