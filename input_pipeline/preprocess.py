@@ -30,17 +30,15 @@ _DECODE_ERRORS = (OSError, SyntaxError, EOFError, IndexError, OverflowError, Typ
 cv2.setNumThreads(1)  # images are decoded in many threads already
 
 
-def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
-                             interpolation: str = 'bilinear') -> Crop:
+def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0),
+                             ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Crop:
     """A random part of the image, resized: torchvision's RandomResizedCrop.
 
     `scale` is the range of the part's area as a fraction of the image's, uniform; `ratio` that of its width / height
-    before the resize, log-uniform. `interpolation` is 'bilinear' or 'bicubic', OpenCV's: not antialiased, unlike PIL's.
-    As NVIDIA's DALI does, JPEGs of one scan are decoded without smoothing chroma. A part at least two, four or eight
-    times as large as `image_size` is decoded at that fraction of its size, which averages pixels.
+    before the resize, which is bilinear, log-uniform. Not antialiased, unlike PIL's, but a part at least two,
+    four or eight times as large as `image_size` is decoded at that fraction of its size, which averages pixels. As
+    NVIDIA's DALI does, JPEGs of one scan are decoded without smoothing chroma.
     """
-    kernel = {'bilinear': cv2.INTER_LINEAR, 'bicubic': cv2.INTER_CUBIC}[interpolation]
-
     def crop(encoded, rng, image_size):
         uniform = rng.random(22).tolist()
         if header := _read_simple_jpeg_header(encoded):
@@ -58,7 +56,7 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0), ratio: tu
             image = decode(encoded)
             window = crop_window(uniform, *image.shape[:2], scale, ratio)
         top, left, height, width = window
-        return cv2.resize(image[top:top + height, left:left + width], (image_size, image_size), interpolation=kernel)
+        return cv2.resize(image[top:top + height, left:left + width], (image_size, image_size))
 
     return crop
 
