@@ -12,6 +12,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+# An assertion in a module that tests share shows its values, as one in a test does.
+pytest.register_assert_rewrite('workdir_reader', *(path.stem for path in Path(__file__).parent.rglob('*_harness.py')))
+
 # Four logical CPUs, for the tests with replicas: once for the process, and before anything starts TensorFlow.
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0],
                                            [tf.config.LogicalDeviceConfiguration()] * 4)

@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from input_pipeline.sources import record_index
+
 
 @pytest.fixture(scope='session')
 def photo() -> Callable[..., np.ndarray]:
@@ -74,6 +76,22 @@ def write_arrayrecords() -> Callable[..., None]:
             writer.close()
 
     return write
+
+
+@pytest.fixture(scope='module')
+def examples(photo, encode):
+    """23 JPEGs of five classes, counted from 0."""
+    return [(encode(photo(i, 24, 32)), i % 5) for i in range(23)]
+
+
+@pytest.fixture
+def num_indexed(monkeypatch):
+    """The shards indexed so far."""
+    indexed = []
+    index_shard = record_index.index_shard
+    monkeypatch.setattr(record_index, 'index_shard',
+                        lambda path, *keys: indexed.append(path) or index_shard(path, *keys))
+    return indexed
 
 
 def make_example(encoded: bytes, label: int | None) -> tf.train.Example:

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils.epath import gpath, register
+from source_harness import assert_data_error
 
 import input_pipeline
 from input_pipeline import sources
@@ -154,15 +155,6 @@ def test_all_forms_give_the_same_batches_bit_for_bit(data_dir, other_forms):
         for batch, other in zip(wanted, batches(name, place), strict=True):
             for key in batch:
                 np.testing.assert_array_equal(batch[key], other[key])
-
-
-def assert_data_error(words, name, data_dir, split='train'):
-    with pytest.raises(input_pipeline.DataError) as error:
-        input_pipeline.open_source(name, data_dir, split)
-    message = str(error.value)
-    assert '\n' not in message
-    for word in words:
-        assert str(word) in message, message
 
 
 def test_unprepared_imagenet_says_which_files_to_put_where(tmp_path):
