@@ -153,3 +153,8 @@ def checkout(tmp_path):
     checkout = Checkout(tmp_path)
     checkout.python()
     return checkout
+
+
+@pytest.fixture
+def log(checkout):
+    return checkout.directory / 'trainers'
