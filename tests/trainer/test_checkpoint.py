@@ -1,8 +1,6 @@
-"""Checkpoints are whole or not there: read by TensorFlow's own loaders, killed in any place, damaged in any file."""
+"""Checkpoints are whole or not there: read by TensorFlow's own loaders, killed in any place, of this model only."""
 
 import itertools
-import json
-import logging
 import os
 import pathlib
 import shutil
@@ -11,59 +9,20 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from checkpoint_harness import FILES, META, names, read, save, variables_of
 
 from trainer import checkpoint
 from trainer.optimizer import sgd
 from trainer.recipe import ConfigError, Train
 from trainer.state import build_train_state
 
-META = {'fingerprint': {'train.seed': '0'}, 'tensorflow': tf.__version__, 'threads': [2, 2]}
-FILES = ('meta.json', 'state.data-00000-of-00001', 'state.index')
-
 
 class Killed(BaseException):
     """Stands for the end of the process: nothing in the program may catch it."""
 
 
-@pytest.fixture
-def directory(tmp_path):
-    return tmp_path / 'run' / 'checkpoints'
-
-
 def settings(**values):
     return Train(epochs=1, global_batch_size=8, model=len, optimizer=len, schedule=len, **values)
-
-
-def variables_of(value):
-    """Variables of several types and ranks that all tell which save they are of."""
-    return {'step': tf.Variable(value, dtype=tf.int64), 'position': tf.Variable(10 * value, dtype=tf.int64),
-            'params/head/kernel': tf.Variable(tf.fill([2, 3], float(value))),
-            'batch_stats/bn/moving_mean': tf.Variable(tf.fill([3], value + 0.5)),
-            'slots/momentum/head/kernel': tf.Variable(tf.fill([2, 3], -float(value)))}
-
-
-def save(directory, step, keep=3, value=None):
-    return checkpoint.save(directory, step, variables_of(step if value is None else value), META, keep=keep)
-
-
-def read(path):
-    """Reads all tensors, checks that they are of one save, and returns which."""
-    tensors = checkpoint.load(path, variables_of(0))
-    value = int(tensors['step'])
-    for name, variable in variables_of(value).items():
-        np.testing.assert_array_equal(tensors[name], variable.numpy())
-        assert tensors[name].dtype == variable.dtype
-    return value
-
-
-def names(directory):
-    return sorted(path.name for path in directory.iterdir())
-
-
-def flip_a_bit(path, place=-1, bit=0):
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1 << bit
-    path.write_bytes(bytes(content))
 
 
 def test_tensorflows_own_loaders_read_it(directory):
@@ -257,89 +216,6 @@ def test_every_file_is_flushed_before_the_name_is_given(directory, monkeypatch):
     commit = events.index('.writing-ckpt-00000007 -> ckpt-00000007')
     assert sorted(events[:commit]) == ['.writing-ckpt-00000007', *FILES]
     assert events[commit + 1:] == ['checkpoints', '.writing-pointer', '.writing-pointer -> checkpoint', 'checkpoints']
-
-
-DAMAGES = {
-    'flipped bit': flip_a_bit,
-    'truncated': lambda path: os.truncate(path, path.stat().st_size // 2),
-    'empty': lambda path: os.truncate(path, 0),
-    'missing': lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize('file', FILES)
-@pytest.mark.parametrize('damage', DAMAGES)
-def test_a_damaged_one_is_named_and_the_one_before_is_taken(directory, caplog, file, damage):
-    good, bad = save(directory, 10), save(directory, 20)
-    DAMAGES[damage](bad / file)
-    assert file in checkpoint.find_damage(bad)
-    with caplog.at_level(logging.WARNING):
-        assert checkpoint.latest_valid(directory) == good
-    assert read(good) == 10
-    [record] = caplog.records
-    assert record.levelno == logging.WARNING
-    assert str(bad) in record.getMessage()
-    assert file in record.getMessage()
-
-
-def test_sound_ones_give_no_warning(directory, caplog):
-    path = save(directory, 10)
-    assert checkpoint.find_damage(path) == ''
-    assert checkpoint.latest_valid(directory) == path
-    assert caplog.records == []
-
-
-def test_several_damaged_ones_are_passed_over(directory, caplog):
-    paths = [save(directory, step) for step in (10, 20, 30)]
-    flip_a_bit(paths[1] / 'state.index')
-    shutil.rmtree(paths[2])
-    paths[2].mkdir()
-    assert checkpoint.latest_valid(directory) == paths[0]
-    assert [str(path) in record.getMessage() for path, record in zip(paths[:0:-1], caplog.records, strict=True)] == [
-        True, True]
-
-
-def test_none_is_left(directory):
-    flip_a_bit(save(directory, 10) / 'state.index')
-    with pytest.raises(ConfigError, match='all 1 checkpoints in .* are damaged'):  # never anew in silence
-        checkpoint.latest_valid(directory)
-
-
-def test_any_flipped_bit_is_found(directory):
-    """In each byte of each file, meta.json included, which says what the run is."""
-    path = save(directory, 7)
-    for name in FILES:
-        sound = (path / name).read_bytes()
-        for place in range(len(sound)):
-            flip_a_bit(path / name, place, place % 8)
-            assert checkpoint.find_damage(path), (name, place)
-            (path / name).write_bytes(sound)
-    assert checkpoint.find_damage(path) == ''
-
-
-def test_a_checkpoint_that_names_no_files_is_none(directory):
-    path = save(directory, 7)
-    (path / 'meta.json').write_text(json.dumps({**META, 'step': 7, 'sha256': {}}))
-    assert checkpoint.find_damage(path) == 'meta.json names no file'
-
-
-def test_after_a_fall_back_the_damaged_step_is_made_again(directory, caplog):
-    save(directory, 10)
-    flip_a_bit(save(directory, 20) / 'state.index')
-    assert read(checkpoint.latest_valid(directory)) == 10
-    caplog.clear()
-    path = save(directory, 20, value=21)
-    assert checkpoint.latest_valid(directory) == path
-    assert read(path) == 21
-    assert caplog.records == []
-
-
-def test_after_a_fall_back_damaged_ones_of_later_steps_go_first(directory):
-    for step in (10, 20, 30):
-        save(directory, step)
-    flip_a_bit(directory / 'ckpt-00000030' / 'state.index')
-    checkpoint.save(directory, 25, variables_of(25), META, keep=2, periodic=10)
-    assert names(directory) == ['checkpoint', 'ckpt-00000020', 'ckpt-00000025']
 
 
 @pytest.mark.parametrize(
