@@ -1,6 +1,8 @@
-"""Where checkpoints go, and gin files."""
+"""Where checkpoints go, and gin files; parameters and gradients for the optimizers."""
 
+import numpy as np
 import pytest
+from optimizer_harness import NUM_STEPS, SHAPES
 
 
 @pytest.fixture
@@ -17,3 +19,17 @@ def write(tmp_path):
         return str(tmp_path / name)
 
     return write
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(0)
+    return {path: rng.standard_normal(shape).astype(np.float32) for path, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def grads():
+    """One set of gradients a step."""
+    rng = np.random.default_rng(1)
+    return [{path: rng.standard_normal(shape).astype(np.float32) for path, shape in SHAPES.items()}
+            for _ in range(NUM_STEPS)]
