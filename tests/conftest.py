@@ -42,6 +42,14 @@ train.checkpoint_every_steps = 4
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked long wait for LONG_TESTS."""
+    if not os.environ.get('LONG_TESTS'):
+        for item in items:
+            if item.get_closest_marker('long'):
+                item.add_marker(pytest.mark.skip(reason='takes too long for every day: LONG_TESTS=1'))
+
+
 @pytest.fixture(scope='session')
 def make_folder() -> Callable[[Path], Path]:
     """make_folder(directory): DATA_DIR of 42 training and 21 validation JPEGs of four classes, told apart by colour."""

@@ -41,7 +41,6 @@ SAVED_EACH_STEP = ('--gin_param=train.checkpoint_every_steps=1', '--gin_param=tr
 ONE_THREAD = ('--gin_param=build_strategy.op_threads=1',)
 ENDLESS = ('--gin_param=train.epochs=100000', '--gin_param=train.eval_every_epochs=100000')
 TIMEOUT_SECS = 8
-long_test = pytest.mark.skipif(not os.environ.get('LONG_TESTS'), reason='takes minutes: set LONG_TESTS=1')
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ def reference(tmp_path_factory, run, recipe, folder):
 
 
 @pytest.mark.parametrize(('flags', 'num_steps'), [
-    (('--gin_param=train.max_steps=4',), 4), pytest.param(SYNCHRONISED, NUM_STEPS, marks=long_test)])
+    (('--gin_param=train.max_steps=4',), 4), pytest.param(SYNCHRONISED, NUM_STEPS, marks=pytest.mark.long)])
 def test_two_workers_equal_two_replicas_in_every_bit(flags, num_steps, start_workers, reference, tmp_path):
     """At equal threads a replica."""
     assert_finished(start_workers(*flags, *ONE_THREAD))
@@ -148,7 +147,7 @@ def rounded(tmp_path_factory, run, recipe, folder):
     return rounded_
 
 
-@long_test
+@pytest.mark.long
 @pytest.mark.parametrize('who', ['two workers', 'two replicas', 'four replicas'])
 def test_any_number_of_replicas_computes_what_one_device_does(who, start_workers, reference, rounded, tmp_path):
     """Parameters within 1e-5 after twenty steps, and all else as near as a run with other rounding is."""
@@ -186,7 +185,7 @@ def test_any_number_of_replicas_computes_what_one_device_does(who, start_workers
         assert distance < 1e-3 or not name.endswith('/loss')
 
 
-@long_test
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_workers(start_workers, reference, run, recipe, folder, tmp_path):
     """1 -> 2 -> 1 workers; the stream of examples and, with synchronised statistics, the curve stay the same."""
     workdir = tmp_path / 'run'
@@ -206,7 +205,7 @@ def test_a_run_goes_on_with_another_number_of_workers(start_workers, reference, 
 
 
 @pytest.mark.parametrize('way', [pytest.param(signal.SIGKILL, id='killed'),
-                                 pytest.param(signal.SIGSTOP, id='stopped', marks=long_test)])
+                                 pytest.param(signal.SIGSTOP, id='stopped', marks=pytest.mark.long)])
 def test_a_lost_worker_is_named_and_the_same_command_resumes(way, start_workers, tmp_path):
     workdir = tmp_path / 'run'
     timeout = f'--gin_param=build_strategy.timeout_secs={TIMEOUT_SECS}'
@@ -258,7 +257,7 @@ def test_a_worker_that_does_not_come_is_named(start, recipe, folder, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-@long_test
+@pytest.mark.long
 def test_a_late_worker_is_waited_for_and_one_of_another_recipe_is_refused(start_workers, tmp_path):
     first, second = start_workers('--gin_param=train.max_steps=4')
     second.send_signal(signal.SIGSTOP)
@@ -273,7 +272,7 @@ def test_a_late_worker_is_waited_for_and_one_of_another_recipe_is_refused(start_
     assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
 
 
-@long_test
+@pytest.mark.long
 def test_workers_that_do_not_share_the_workdir_are_refused(start_workers, run, recipe, folder, tmp_path):
     done = run(f'--gin_file={recipe}', *SETTINGS, f'--data_dir={folder}', f'--workdir={tmp_path / "a"}',
                '--gin_param=train.max_steps=4')
@@ -285,7 +284,7 @@ def test_workers_that_do_not_share_the_workdir_are_refused(start_workers, run, r
     assert not (tmp_path / 'b').exists()
 
 
-@long_test
+@pytest.mark.long
 def test_the_launcher_runs_real_workers_and_resumes_after_one_was_killed(reference, recipe, folder, tmp_path):
     """A worker that is killed is a crash, for a human to look at; the same command, given again, resumes."""
     flags = (*SYNCHRONISED, *ONE_THREAD)

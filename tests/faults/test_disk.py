@@ -20,7 +20,6 @@ from workdir_reader import assert_equal_bits, reports, tensors
 
 from trainer import checkpoint
 
-long_test = pytest.mark.skipif(not os.environ.get('LONG_TESTS'), reason='takes too long for every day: LONG_TESTS=1')
 REPOSITORY = Path(__file__).resolve().parents[2]
 # On conftest's folder: long enough to be watched.
 SETTINGS = {'train.epochs': 27, 'train.checkpoint_every_steps': 10, 'train.eval_every_epochs': 20,
@@ -101,8 +100,8 @@ def assert_as_if_nothing_had_been(run, alone):
 
 
 @pytest.mark.parametrize('number', [
-    pytest.param(errno.ENOSPC, id='full'), pytest.param(errno.EROFS, id='read-only', marks=long_test),
-    pytest.param(errno.EIO, id='broken', marks=long_test)])
+    pytest.param(errno.ENOSPC, id='full'), pytest.param(errno.EROFS, id='read-only', marks=pytest.mark.long),
+    pytest.param(errno.EIO, id='broken', marks=pytest.mark.long)])
 def test_a_disk_that_fails_for_a_while(start, shim, alone, number):
     run = start('work', shim)
     run.wait_for_checkpoint()
@@ -130,7 +129,7 @@ def test_a_disk_that_fails_for_too_long(start, shim, alone):
     assert_as_if_nothing_had_been(again, alone)
 
 
-@long_test
+@pytest.mark.long
 def test_a_slow_disk_does_not_stop_the_steps(start, shim, alone):
     run = start('work', shim)
     run.wait_for_checkpoint()
@@ -141,7 +140,7 @@ def test_a_slow_disk_does_not_stop_the_steps(start, shim, alone):
     assert_as_if_nothing_had_been(run, alone)
 
 
-@long_test
+@pytest.mark.long
 def test_a_small_file_system_that_fills_up(start, alone, tmp_path):
     place = tmp_path / 'small'
     place.mkdir()
