@@ -47,7 +47,8 @@ _PARTS = {'ghostnet': build_ghostnet, 'article_ghostnet': build_article_ghostnet
           'rmsprop': optimizer.rmsprop, 'adamw': optimizer.adamw, 'lamb': optimizer.lamb, 'cosine': schedule.cosine,
           'linear': schedule.linear, 'exponential': schedule.exponential, 'constant_rate': schedule.constant_rate,
           'random_resized_crop': input_pipeline.make_random_resized_crop,
-          'random_shift': input_pipeline.make_random_shift}
+          'random_shift': input_pipeline.make_random_shift, 'rand_augment': input_pipeline.make_rand_augment,
+          'auto_augment': input_pipeline.make_auto_augment, 'color_jitter': input_pipeline.make_color_jitter}
 # What a run gives to its roots itself: not for gin to bind.
 _GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_position', 'shard', 'num_shards', 'on_bad',
                             'on_times'],
