@@ -2,7 +2,7 @@
 
 An augmentation is `augment(image, rng) -> image`, both uint8 [H, W, 3], with the example's own generator; it leaves
 what it is given as it is. Colours are PIL's within one grey level, where floats round otherwise. Geometry rounds where
-PIL cuts off, blends with the fill at the image's edge, and its bicubic kernel is another one (-0.75, not -1).
+PIL cuts off, blends with the fill at the image's edge, and its bicubic kernel has a slope of -0.75 (PIL: -1).
 """
 from collections.abc import Callable, Iterable, Sequence
 
