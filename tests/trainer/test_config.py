@@ -3,10 +3,12 @@
 import dataclasses
 import logging
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from config_harness import BASE, ROOT, difference, load, refusal
 
+import input_pipeline
 from trainer import config
 
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob('gin/*.gin'), *ROOT.glob('gin/recipes/*.gin')]
@@ -54,6 +56,26 @@ def test_imagenet_says_what_it_says():
     assert (loaded.train.epochs, loaded.train.global_batch_size, loaded.train.label_smoothing) == (360, 2048, 0.1)
     assert loaded.data.name == 'tfds:imagenet2012'
     assert loaded.train_dataset is not loaded.eval_dataset
+
+
+@pytest.mark.parametrize('file', ['gin/recipes/imagenet_rmsprop.gin', 'gin/recipes/imagenet_lamb.gin'])
+def test_the_recipes_that_augment(file):
+    fingerprint = load(files=[file]).fingerprint
+    assert fingerprint['train_dataset.augment'] == '@rand_augment()'
+    assert (fingerprint['rand_augment.magnitude'], fingerprint['rand_augment.magnitude_std']) == ('9', '0.5')
+
+
+@pytest.mark.parametrize(('name', 'settings'), [
+    ('rand_augment', ['magnitude', 'magnitude_std', 'num_layers']), ('auto_augment', []),
+    ('color_jitter', ['brightness', 'contrast', 'saturation'])])
+def test_an_augmentation_changes_images_and_fingerprint(name, settings):
+    binding = f'train_dataset.augment=@{name}()'
+    assert difference(binding).keys() == {'train_dataset.augment', *(f'{name}.{setting}' for setting in settings)}
+    images = np.arange(8 * 40 * 50 * 3).astype(np.uint8).reshape(8, 40, 50, 3)
+    source = input_pipeline.array_source(images, np.arange(8))
+    plain, augmented = (
+        next(iter(load(*params).train_dataset(source, global_batch_size=8)))['image'] for params in ([], [binding]))
+    assert (plain.numpy() != augmented.numpy()).any(axis=(1, 2, 3)).sum() > 2
 
 
 def test_the_bindings_that_always_exist():
