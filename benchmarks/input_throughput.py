@@ -19,6 +19,12 @@ ahead. All use as many threads or worker processes as there are cores. They take
   bare decoding            whole images from memory, each into the same buffer; nothing else
   bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, in a map over bytes in memory
 
+With --augment=rand those that have a RandAugment, which comes last:
+  ours                     timm's rand-m9-mstd0.5: two operations, each by a chance of 0.5, bilinear or bicubic
+  ours, four layers        as many operations as torchvision's on the average
+  torchvision v2, ...      RandAugment(num_ops=2, magnitude=9) on tensors, to the nearest pixel
+  torchvision v1, PIL      timm's rand-m9-mstd0.5
+
 Needs the machine for itself: about 10 s a contestant and round. Prints a JSON object for each contestant (its 'mean'
 grey level tells that all see the same images) and measurement ('cores_taken': by anything else, which spoils it), then
 a table and one JSON object: medians over the rounds of the rate and of ours divided by it.
@@ -36,7 +42,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from input_throughput_others import BATCH, NUM_CORES, OTHER_CONTESTANTS, RATIO, SCALE
+from input_throughput_others import BATCH, NUM_CORES, OTHER_AUGMENTED, OTHER_CONTESTANTS, RATIO, SCALE
 from turns import serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,12 +69,13 @@ def write_shards(folder: Path, shard_dir: Path) -> None:
     partial.rename(shard_dir)
 
 
-def ours(shard_dir: Path, image_size: int) -> Iterator:
-    """This project's."""
+def ours(shard_dir: Path, image_size: int, *, num_layers: int = 0) -> Iterator:
+    """This project's; `num_layers` of RandAugment, or none."""
     import input_pipeline
 
     source = input_pipeline.open_source('tfrecord', str(shard_dir), 'train')
-    for batch in input_pipeline.train_dataset(source, global_batch_size=BATCH, image_size=image_size):
+    augment = input_pipeline.make_rand_augment(num_layers=num_layers) if num_layers else None
+    for batch in input_pipeline.train_dataset(source, global_batch_size=BATCH, image_size=image_size, augment=augment):
         yield batch['image']
 
 
@@ -150,6 +157,11 @@ CONTESTANTS = {
     'plain tf.data, uniform windows': (plain, {'uniform_windows': True}),
     'bare crop and decode': (crop_and_decode, {}),
 }
+# The same with --augment=rand.
+AUGMENTED = {
+    'ours, RandAugment': (ours, {'num_layers': 2}),
+    'ours, RandAugment, four layers': (ours, {'num_layers': 4}),
+}
 
 
 def compare(flags: argparse.Namespace) -> None:
@@ -161,8 +173,8 @@ def compare(flags: argparse.Namespace) -> None:
         write_shards(folder, shard_dir)
     sizes = [path.stat().st_size for path in folder.rglob('*.JPEG')]
 
-    programs = dict.fromkeys(CONTESTANTS, (sys.executable, __file__))
-    programs |= dict.fromkeys(OTHER_CONTESTANTS, (flags.other_python, OTHERS))
+    here, others = (AUGMENTED, OTHER_AUGMENTED) if flags.augment else (CONTESTANTS, OTHER_CONTESTANTS)
+    programs = dict.fromkeys(here, (sys.executable, __file__)) | dict.fromkeys(others, (flags.other_python, OTHERS))
     commands = {name: [python, str(script), f'--contestant={name}', f'--data_dir={flags.data_dir}',
                        f'--image_size={flags.image_size}'] for name, (python, script) in programs.items()}
     measured, versions = {name: [] for name in commands}, {}
@@ -175,17 +187,17 @@ def compare(flags: argparse.Namespace) -> None:
     def column(name: str, key: str) -> list[float]:
         return [report[key] for report in measured[name]]
 
-    summary = {}
+    summary, first = {}, next(iter(here))
     for name in commands:
         rates = column(name, 'images_per_sec')
-        ratios = [a / b for a, b in zip(column('ours', 'images_per_sec'), rates, strict=True)]
+        ratios = [a / b for a, b in zip(column(first, 'images_per_sec'), rates, strict=True)]
         summary[name] = {'median': statistics.median(rates), 'min': min(rates), 'max': max(rates),
                          'cores_used': statistics.median(column(name, 'cores_used')),
                          'cores_taken': max(column(name, 'cores_taken')),
                          'ours_by_it': round(statistics.median(ratios), 3)}
-    print(f'{"images a second":34}{"median":>8}{"min":>8}{"max":>8}{"cores":>8}{"taken":>8}{"ours / it":>11}')
+    print(f'{"images a second":46}{"median":>8}{"min":>8}{"max":>8}{"cores":>8}{"taken":>8}{"ours / it":>11}')
     for name, row in summary.items():
-        print(f'{name:34}{row["median"]:8.0f}{row["min"]:8.0f}{row["max"]:8.0f}{row["cores_used"]:8.2f}'
+        print(f'{name:46}{row["median"]:8.0f}{row["min"]:8.0f}{row["max"]:8.0f}{row["cores_used"]:8.2f}'
               f'{row["cores_taken"]:8.2f}{row["ours_by_it"]:11.2f}')
     print(json.dumps({'num_cores': NUM_CORES, 'rounds': flags.rounds, 'secs': flags.secs,
                       'image_size': flags.image_size, 'num_images': len(sizes),
@@ -201,14 +213,15 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--secs', type=float, default=6.0, help='of a measurement')
     parser.add_argument('--image_size', type=int, default=224)
-    parser.add_argument('--contestant', choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument('--augment', choices=['rand'])
+    parser.add_argument('--contestant', choices=CONTESTANTS | AUGMENTED, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     sys.path.insert(0, str(ROOT))
     if flags.contestant:
         import tensorflow as tf
 
-        make, changed = CONTESTANTS[flags.contestant]
+        make, changed = (CONTESTANTS | AUGMENTED)[flags.contestant]
         settings = {'image_size': flags.image_size} | changed
         serve(make(flags.data_dir / 'tfrecord', **settings), versions={'tensorflow': tf.__version__})
     elif not flags.other_python:

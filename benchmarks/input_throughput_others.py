@@ -3,7 +3,7 @@
 Imports nothing of this project. Run by input_throughput.py; the environment (6 GB, beside the one of launch/):
     python3 -m venv torch-env
     torch-env/bin/pip install torch==2.14.1 torchvision==0.29.1 pillow==13.0.0 simplejpeg==1.9.0 \
-        nvidia-dali-cuda120==2.4.0 scikit-learn==1.9.1 scikit-image==0.26.0
+        nvidia-dali-cuda120==2.4.0 scikit-learn==1.9.1 scikit-image==0.26.0 timm==1.0.31
 
 The images: windows of the eight colour photographs that scikit-learn and scikit-image bring (china, flower; astronaut,
 chelsea, coffee, rocket, both views of the motorcycle), half to all of their area, scaled to 500x375 pixels, with grain
@@ -81,10 +81,12 @@ def dali(folder: Path, image_size: int, *, as_documented: bool = False) -> Itera
         yield np.asarray(images.as_tensor())  # a view: nothing is copied
 
 
-def torchvision(folder: Path, image_size: int, *, decoder: str, antialias: bool = True) -> Iterator:
+def torchvision(folder: Path, image_size: int, *, decoder: str, antialias: bool = True,
+                augment: bool = False) -> Iterator:
     """A DataLoader over ImageFolder with a process a core; uint8 [B, 3, H, W].
 
-    decoder 'torchvision': to tensors, transforms v2. 'PIL': ImageFolder's own loader, transforms v1.
+    decoder 'torchvision': to tensors, transforms v2. 'PIL': ImageFolder's own loader, transforms v1. `augment`: by
+    torchvision's RandAugment there, by timm's here.
     """
     import torch
     import torchvision
@@ -93,6 +95,12 @@ def torchvision(folder: Path, image_size: int, *, decoder: str, antialias: bool 
     transforms = v2 if decoder == 'torchvision' else torchvision.transforms
     steps = [transforms.RandomResizedCrop(image_size, SCALE, RATIO, InterpolationMode.BILINEAR, antialias=antialias),
              transforms.RandomHorizontalFlip()]
+    if augment and decoder == 'torchvision':
+        steps += [v2.RandAugment(num_ops=2, magnitude=9)]
+    elif augment:
+        from timm.data.auto_augment import rand_augment_transform
+
+        steps += [rand_augment_transform('rand-m9-mstd0.5', {'img_mean': (124, 116, 104)})]
     steps += [transforms.PILToTensor()] if decoder == 'PIL' else []
 
     def decode(path):
@@ -134,6 +142,12 @@ OTHER_CONTESTANTS = {
     'torchvision v1, PIL': (torchvision, {'decoder': 'PIL'}),
     'bare decoding, simplejpeg': (simplejpeg_decode, {}),
 }
+OTHER_AUGMENTED = {
+    'torchvision v2, RandAugment': (torchvision, {'decoder': 'torchvision', 'augment': True}),
+    'torchvision v2, not antialiased, RandAugment': (torchvision, {'decoder': 'torchvision', 'antialias': False,
+                                                                   'augment': True}),
+    "torchvision v1, PIL, timm's RandAugment": (torchvision, {'decoder': 'PIL', 'augment': True}),
+}
 
 
 def main() -> None:
@@ -147,9 +161,9 @@ def main() -> None:
     if flags.make_images:
         make_images(flags.make_images)
         return
-    make, settings = OTHER_CONTESTANTS[flags.contestant]
+    make, settings = (OTHER_CONTESTANTS | OTHER_AUGMENTED)[flags.contestant]
     packages = {dali: ['nvidia-dali-cuda120'], torchvision: ['torch', 'torchvision', 'pillow'],
-                simplejpeg_decode: ['simplejpeg']}[make]
+                simplejpeg_decode: ['simplejpeg']}[make] + (['timm'] if settings.get('augment') else [])
     serve(make(flags.data_dir / 'folder' / 'train', flags.image_size, **settings),
           versions={name: importlib.metadata.version(name) for name in packages})
 
