@@ -63,7 +63,7 @@ _BINDINGS = gin.config._CONFIG  # {(scope, selector): {parameter: value}}, what 
 _MACRO = 'gin.macro'
 # A resumed run may differ in these: they say where, how often or how fast, not what is computed.
 _NOT_IN_FINGERPRINT = re.compile(
-    r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise)|train\.(steps_per_loop|jit|max_steps|'
+    r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise|cache)|train\.(steps_per_loop|jit|max_steps|'
     r'checkpoint_.*|keep_.*|log_.*|eval_.*|save_.*|bad_example_budget|max_rollbacks|grace_secs|'
     r'step_timeout_secs|allow_config_change)')
 

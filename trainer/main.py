@@ -75,6 +75,8 @@ def _run(signals) -> None:
         eval_source = input_pipeline.open_source(name, data_dir, loaded.data.eval_split, prepare=prepare)
         needs_train = _FLAGS.mode != 'eval' or loaded.train.eval_precise_batch_norm
         train_source = input_pipeline.open_source(name, data_dir, loaded.data.train_split) if needs_train else None
+        if needs_train and loaded.data.cache:
+            train_source = train_source.cached()
         common = {'strategy': strategy, 'train_source': train_source, 'train_dataset': loaded.train_dataset}
         both = common | {'eval_source': eval_source, 'eval_dataset': loaded.eval_dataset, 'workdir': workdir}
         if _FLAGS.mode == 'benchmark':

@@ -127,6 +127,7 @@ class Data:
     eval_split: str = 'validation'
     default_dir: str | None = None  # where the data is if --data_dir is not given
     otherwise: str | None = None  # name to take if that directory is not there; TFDS may download it
+    cache: bool = False  # keep encoded training images in memory: in time the whole split, in each process
     pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of R, G, B in 0..1; ImageNet's
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -135,6 +136,7 @@ class Data:
         _check(self, 'data',
                (lambda v: isinstance(v, str) and v != '', 'a name', 'name', 'train_split', 'eval_split'),
                (lambda v: isinstance(v, str), 'None or a string', 'default_dir', 'otherwise'),
+               (lambda v: isinstance(v, bool), 'True or False', 'cache'),
                (lambda v: isinstance(v, tuple | list) and len(v) == 3 and all(is_number(x, 0) and x <= 1 for x in v),
                 three, 'pixel_mean', 'pixel_std'),
                (lambda v: min(v) > 0, three, 'pixel_std'))

@@ -41,3 +41,15 @@ class Source:
             raise IndexError(f'{self.name} has examples 0..{self.size - 1}, not {index}')
         encoded, labels = self.read(np.array([index], np.int64))
         return encoded[0], int(labels[0])
+
+    def cached(self) -> 'Source':
+        """The same, but images stay in memory once read: in time the whole split (ImageNet: 148 GB) in each process."""
+        images, labels = {}, np.zeros(self.size, np.int32)
+
+        def read(indices):
+            if new := [i for i in np.unique(indices).tolist() if i not in images]:
+                encoded, labels[new] = self.read(np.array(new))
+                images.update(zip(new, encoded))  # of two threads that want the same one at once either may be first
+            return [images[i] for i in indices.tolist()], labels[indices]
+
+        return dataclasses.replace(self, read=read)

@@ -1,5 +1,7 @@
 """Whatever is wrong ends in one line on stderr and exit code 2, with nothing harmed; and what the modes print."""
 
+import collections
+import dataclasses
 import json
 import logging
 import shutil
@@ -10,6 +12,7 @@ from absl import flags
 from workdir_reader import tensors
 
 import ghostnet
+import input_pipeline
 from input_pipeline import order
 from trainer import checkpoint
 from trainer.main import main
@@ -210,6 +213,23 @@ def test_a_few_bad_files_are_masked_named_and_counted(command, tmp_path, make_fo
     assert code == 0 and json.loads(stdout)['eval/examples'] == NUM_EVAL - 1, stderr
     # Fewer are allowed than there are.
     assert_refused(command(*flags_, '--gin_param=train.bad_example_budget=0.01'), 'train.bad_example_budget = 0.01')
+
+
+def test_a_training_split_kept_in_memory_is_read_once(command, monkeypatch, tmp_path, folder, recipe):
+    reads, open_source = collections.Counter(), input_pipeline.open_source
+
+    def open_counted(name, data_dir, split, **options):
+        source = open_source(name, data_dir, split, **options)
+        return dataclasses.replace(source, read=lambda indices: reads.update({split: len(indices)})
+                                   or source.read(indices))
+
+    monkeypatch.setattr(input_pipeline, 'open_source', open_counted)
+    code, _, stderr = command(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "work"}',
+                              '--gin_param=train.max_steps=6', '--gin_param=data.cache=True')
+    assert code == 0, stderr
+    # Six batches of eight are more than an epoch. Two threads that want the same new one at once may both read it.
+    assert NUM_TRAIN <= reads['train'] < 6 * 8
+    assert reads['validation'] % NUM_EVAL == 0
 
 
 # Weights to start from

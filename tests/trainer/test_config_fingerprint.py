@@ -15,7 +15,8 @@ LEFT_OUT = {'train.max_steps': '5', 'train.steps_per_loop': '5', 'train.jit': 'T
             'train.keep_every_steps': '5', 'train.save_retry_secs': '5', 'train.bad_example_budget': '0.1',
             'train.max_rollbacks': '5', 'train.grace_secs': '5', 'train.step_timeout_secs': '5',
             'train.allow_config_change': 'True',
-            'data.default_dir': "'/elsewhere'", 'data.otherwise': "'shapes'", 'build_strategy.name': "'mirrored'",
+            'data.default_dir': "'/elsewhere'", 'data.otherwise': "'shapes'", 'data.cache': 'True',
+            'build_strategy.name': "'mirrored'",
             'build_strategy.num_devices': '2', 'build_strategy.op_threads': '1', 'build_strategy.timeout_secs': '5',
             'evaluate.checkpoint': "'best'", 'evaluate.weights': "'ema'"}
 TAKEN_IN = {'train.seed': '1', 'train.epochs': '90', 'train.global_batch_size': '64', 'train.label_smoothing': '0.2',

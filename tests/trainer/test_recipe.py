@@ -52,6 +52,7 @@ WRONG_DATA = {
     'eval_split': (['', None, 3], 'a name'),
     'default_dir': ([3, ['a']], 'None or a string'),
     'otherwise': ([3, ['a']], 'None or a string'),
+    'cache': ([0, 1, 'True', None], 'True or False'),
     'pixel_mean': ([0.5, (0.5, 0.5), (0.5, 0.5, '0.5'), (123.7, 116.3, 103.5), (0.5, -0.1, 0.5), None],
                    'three numbers for R, G, B in 0..1'),
     'pixel_std': ([0.2, (0.2, 0.2, 0.2, 0.2), (0.2, 0.0, 0.2), (58.4, 57.1, 57.4), None],
