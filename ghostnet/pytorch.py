@@ -3,12 +3,10 @@
     python -m ghostnet.pytorch ghostnet_050.safetensors ghostnet.weights.h5 --width=0.5
     python -m ghostnet.pytorch ghostnet.keras ghostnet.npz
 
-Nothing is unpickled. .pth and .pt go through torch.load(weights_only=True) and need torch; .safetensors and .npz need
-nothing.
+Nothing is unpickled: .pth and .pt, which need torch, go through torch.load(weights_only=True).
 """
 import argparse
 import itertools
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -16,7 +14,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from ghostnet.model import BLOCKS, ghostnet
 
@@ -44,9 +41,6 @@ _MODULES = {
     'tail/conv': f'blocks.{len(_STAGES)}.0.conv', 'tail/bn': f'blocks.{len(_STAGES)}.0.bn1',
     'head/conv': 'conv_head', 'classifier': 'classifier',
 }
-
-_SAFETENSORS_DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': tf.bfloat16.as_numpy_dtype,
-                       'I64': np.int64}
 
 
 def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike | Mapping[str, Any], *,
@@ -135,7 +129,11 @@ def _read(path: str) -> Mapping[str, Any]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     if path.endswith('.safetensors'):
-        return _read_safetensors(path)
+        import safetensors.numpy  # only this format needs it
+        try:
+            return safetensors.numpy.load_file(path)
+        except (safetensors.SafetensorError, AttributeError) as error:  # the latter of types that NumPy lacks
+            raise ValueError(f'{path} is no intact .safetensors file of floats: {error}') from error
     if path.endswith(('.pth', '.pt')):
         try:
             import torch
@@ -143,20 +141,6 @@ def _read(path: str) -> Mapping[str, Any]:
             raise ImportError(f'{path} needs torch: install it, or give .safetensors or .npz') from error
         return torch.load(path, map_location='cpu', weights_only=True)
     raise ValueError(f'{path} is no file of PyTorch weights: it must be .pth, .pt, .safetensors or .npz')
-
-
-def _read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """The format: length of the header as uint64, header as JSON, bytes of all tensors; little-endian."""
-    with open(path, 'rb') as file:
-        content = file.read()
-    start = 8 + int.from_bytes(content[:8], 'little')
-    data = memoryview(content)[start:]
-    try:
-        header = json.loads(content[8:start])
-        return {key: np.frombuffer(data[slice(*entry['data_offsets'])], _SAFETENSORS_DTYPES[entry['dtype']])
-                .reshape(entry['shape']) for key, entry in header.items() if key != '__metadata__'}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} is no intact .safetensors file of floats: {error!r}') from error
 
 
 def main(argv: list[str] | None = None) -> None:
