@@ -14,8 +14,6 @@ import keras
 from ghostnet import layers
 from ghostnet.model import BLOCKS, HEAD_FILTERS, Chain, connect
 
-STEM_FILTERS, TAIL_FILTERS = 16, 960
-
 _conv = functools.partial(keras.layers.Conv2D, kernel_size=1, padding='same', use_bias=False)
 _depthwise = functools.partial(keras.layers.DepthwiseConv2D, padding='same', use_bias=False)
 
@@ -77,10 +75,10 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
         raise ValueError(f"article.classifier_activation is {classifier_activation!r}; it must be 'softmax', or None "
                          'for logits')
     return [
-        *_with_bn(_conv(STEM_FILTERS, kernel_size=3, strides=2, name='stem')),
+        *_with_bn(_conv(16, kernel_size=3, strides=2, name='stem')),
         *(GhostBottleneck(expansion, filters, kernel_size, strides, bool(apply_se and se_ratio), name=f'block_{number}')
           for number, (kernel_size, expansion, filters, se_ratio, strides) in enumerate(BLOCKS, start=1)),
-        *_with_bn(_conv(TAIL_FILTERS, name='tail')),
+        *_with_bn(_conv(BLOCKS[-1][1], name='tail')),
         keras.layers.GlobalAveragePooling2D(keepdims=True, name='pool'),
         *_with_bn(_conv(HEAD_FILTERS, name='head')),
         _conv(classes, name='classifier', dtype='float32'),  # outputs are float32 whatever the compute dtype
@@ -91,10 +89,7 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
 
 @keras.saving.register_keras_serializable('ghostnet_article')
 class GhostNet(Chain):
-    """The tutorial's network as a class, built on construction. Arguments and tensors as in `ghostnet`; any image size.
-
-    Variables stand in the same order as in the function form: a.set_weights(b.get_weights()) makes them equal.
-    """
+    """The network as a class, built on construction. Arguments and variables of `ghostnet`; any image size."""
 
     def __init__(self, classes: int, apply_se: bool = True, classifier_activation: str | None = 'softmax', **kwargs):
         config = {'classes': classes, 'apply_se': apply_se, 'classifier_activation': classifier_activation}
@@ -113,7 +108,6 @@ def ghostnet(classes: int, apply_se: bool = True, classifier_activation: str | N
         classifier_activation: 'softmax', or None for logits, which training needs.
         image_size: H and W, one number for a square, None for any.
 
-    Raises:
-        ValueError: a number of classes or an activation that does not exist.
+    Raises ValueError for a number of classes or an activation that does not exist.
     """
     return connect(_build_layers(classes, apply_se, classifier_activation), image_size, 'ghostnet_article')

@@ -100,8 +100,7 @@ class Conv(keras.layers.Layer):
 
     def call(self, x):
         if self.kernel_size == self.strides == 1:
-            # The same sums as a matrix product: the CPU's kernels for the gradients of a 1x1 convolution are so much
-            # slower that a whole training step takes 1.7 times longer.
+            # The same sums as a matrix product: a step with the CPU's 1x1 convolution gradients takes 1.7 times longer.
             x = tf.tensordot(x, tf.reshape(self.kernel, self.kernel.shape[2:]), 1)
         else:
             x = tf.nn.conv2d(x, self.kernel, self.strides, _symmetric_padding(self.kernel_size, self.strides))
@@ -113,7 +112,7 @@ def _depthwise_on_small_map(x: tf.Tensor, kernel: tf.Tensor):
     """Depthwise convolution of stride 1 on maps smaller than the kernel, with another gradient of the kernel.
 
     The CPU's own takes six times as long there: 1.07 ms against 0.17 for [64, 2, 2, 480], which is where images of less
-    than 64 pixels end. The gradient of each tap is the sum over what it has been multiplied with.
+    than 64 pixels end. A tap's gradient is the sum over what it is multiplied with: 0 where that is never in the map.
     """
     height, width, size = x.shape[1], x.shape[2], kernel.shape[0]
 
@@ -122,7 +121,6 @@ def _depthwise_on_small_map(x: tf.Tensor, kernel: tf.Tensor):
 
     def grad(upstream):
         taps = range(-(size // 2), size // 2 + 1)
-        # A tap that lies outside of the map wherever it is put has nothing to sum: 0.
         of_kernel = [tf.reduce_sum(overlap(x, dy, dx) * overlap(upstream, -dy, -dx), [0, 1, 2])
                      for dy in taps for dx in taps]
         of_x = tf.nn.depthwise_conv2d_backprop_input(tf.shape(x), kernel, upstream, [1, 1, 1, 1], 'SAME')
@@ -186,8 +184,7 @@ class ConvBN(Composite):
 class GhostModule(Composite):
     """[B, H, W, in] -> [B, H, W, filters]: half ordinary 1x1 convolution, half cheap depthwise 3x3 of that half.
 
-    Paper section 3.1 at ratio 2; ceil(filters / 2) maps are the primary ones. The cheap operation sees the primary
-    maps after their batch norm and ReLU.
+    Paper section 3.1 at ratio 2: ceil(filters / 2) primary maps, of which the cheap ones are made after norm and ReLU.
     """
 
     def __init__(self, filters: int, relu: bool = True, **kwargs):

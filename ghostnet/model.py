@@ -120,8 +120,7 @@ def ghostnet(num_classes: int = 1000, width: float = 1.0, version: int = 1, *,
         image_size: H and W, one number for a square, None for any.
         dropout: rate before the classifier; None takes the version's own (0.2).
 
-    Raises:
-        ValueError: a version, number of classes, width or rate that does not exist.
+    Raises ValueError for a version, number of classes, width or rate that does not exist.
     """
     return connect(_build_layers(num_classes, width, version, dropout), image_size, 'ghostnet')
 

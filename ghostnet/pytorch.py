@@ -50,13 +50,9 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
     It may also be a .pth or .pt (which need torch), .safetensors or .npz file, or stand inside {'state_dict': ...}.
     num_batches_tracked is ignored. Not strict loads what fits, and logs a warning that lists the rest.
 
-    Returns:
-        {'missing': [...], 'left over': [...], 'misshapen': [...]}: what did not fit. Empty lists where strict.
-
-    Raises:
-        ValueError: names or shapes that do not fit, all of them listed (strict; the model remains as it was); a model
-            that is no GhostNet; a file of another format.
-        ImportError: a .pth or .pt file without torch.
+    Returns {'missing': [...], 'left over': [...], 'misshapen': [...]}: what did not fit. Empty lists where strict.
+    Raises ValueError for names or shapes that do not fit, all of them listed (strict; the model remains as it was), for
+    a model that is no GhostNet, and for a file of another format; ImportError for a .pth or .pt file without torch.
     """
     is_mapping = isinstance(path_or_mapping, Mapping)
     state = path_or_mapping if is_mapping else _read(os.fspath(path_or_mapping))
@@ -87,10 +83,7 @@ def to_pytorch_state_dict(model: keras.Model, naming: str = 'timm') -> dict[str,
     """The weights of a GhostNet, class or function form, as float32 arrays under PyTorch's names and in its layout.
 
     As tensors they fit load_state_dict of timm's and of the authors' model. num_batches_tracked, which that does not
-    ask of a plain dict, is left out.
-
-    Raises:
-        ValueError: a naming other than 'timm' and 'official', or a model that is no GhostNet.
+    ask of a plain dict, is left out. Raises ValueError for another naming, or a model that is no GhostNet.
     """
     if naming not in NAMINGS:
         raise ValueError(f'naming is {naming!r}; it must be one of {", ".join(NAMINGS)}')
@@ -164,10 +157,9 @@ def main(argv: list[str] | None = None) -> None:
                 load_pytorch_weights(model, args.source)
         if args.target.endswith('.npz'):
             np.savez(args.target, **to_pytorch_state_dict(model))
-        elif args.target.endswith('.keras'):
-            model.save(args.target)
         else:
-            model.save_weights(args.target)
+            save = model.save if args.target.endswith('.keras') else model.save_weights
+            save(args.target)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
 
