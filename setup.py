@@ -24,6 +24,7 @@ setup(
         'opencv-python-headless>=5,<6',
         'pillow>=11',
         'protobuf>=5.28',  # TensorFlow brings it, and says which.
+        'safetensors>=0.4.5,<1',
         'simplejpeg>=1.8,<2',
         'tensorboard>=2.20,<2.22',  # TensorFlow 2.21 no longer brings it.
         'tensorflow>=2.20,<2.22',  # 2.20 is the newest build for TPU VMs.

@@ -3,11 +3,9 @@
 Nothing in it is improved, so that its differences from the authors' network (model.py) can be measured: no batch norm
 nor ReLU inside a ghost module, a convolutional shortcut in every block, ReLU after the stride-2 depthwise convolution,
 squeeze-and-excite by half and without biases, batch norm in the head, no dropout, 'same' padding, Glorot
-initialisation, softmax inside, one width.
-
-Batch norm has Keras' constants (0.99, 1e-3) but is the fused layer of layers.py: it keeps the unbiased batch
-variance, n / (n - 1) times that of Keras' layer, n = B * H * W. Outputs and gradients in training are the same. In the
-head, where n = B, the moving variance differs visibly at small batches.
+initialisation, softmax inside, one width. But batch norm, with Keras' constants, is the fused layer of layers.py: the
+moving variance is of n / (n - 1) times the batch variance of Keras' layer, n = B * H * W; n = B in the head, where it
+differs visibly at small batches. Outputs and gradients in training are the same.
 """
 import functools
 
@@ -16,26 +14,18 @@ import keras
 from ghostnet import layers
 from ghostnet.model import BLOCKS, HEAD_FILTERS, Chain, connect
 
-STEM_FILTERS, TAIL_FILTERS = 16, 960
-
 _conv = functools.partial(keras.layers.Conv2D, kernel_size=1, padding='same', use_bias=False)
 _depthwise = functools.partial(keras.layers.DepthwiseConv2D, padding='same', use_bias=False)
 
 
-def _batch_norm(name: str) -> keras.layers.Layer:
-    return layers.BatchNorm(momentum=0.99, epsilon=1e-3, name=f'{name}_bn')
-
-
-def _bn_relu(name: str) -> list[keras.layers.Layer]:
-    return [_batch_norm(name), keras.layers.ReLU(name=f'{name}_relu')]
+def _with_bn(layer: keras.layers.Layer, relu: bool = True) -> list[keras.layers.Layer]:
+    chain = [layer, layers.BatchNorm(momentum=0.99, epsilon=1e-3, name=f'{layer.name}_bn')]
+    return chain + [keras.layers.ReLU(name=f'{layer.name}_relu')] if relu else chain
 
 
 @keras.saving.register_keras_serializable('ghostnet_article')
 class GhostModule(layers.Composite):
-    """[B, H, W, in] -> [B, H, W, filters], linear: a 1x1 convolution and a depthwise 3x3 of its output, concatenated.
-
-    `filters` is even, as everywhere in the block table.
-    """
+    """[B, H, W, in] -> [B, H, W, filters (even)], linear: a 1x1 convolution beside a depthwise 3x3 of its output."""
 
     def __init__(self, filters: int, **kwargs):
         super().__init__(**kwargs)
@@ -65,14 +55,14 @@ class GhostBottleneck(layers.Composite):
     def __init__(self, expansion: int, filters: int, kernel_size: int = 3, strides: int = 1, apply_se: bool = False,
                  **kwargs):
         super().__init__(**kwargs)
-        main = [GhostModule(expansion, name='ghost1'), *_bn_relu('ghost1')]
+        main = _with_bn(GhostModule(expansion, name='ghost1'))
         if strides > 1:
-            main += [_depthwise(kernel_size, strides, name='depthwise'), *_bn_relu('depthwise')]
+            main += _with_bn(_depthwise(kernel_size, strides, name='depthwise'))
         if apply_se:
             main.append(SqueezeExcite(expansion, name='se'))
-        self.main = main + [GhostModule(filters, name='ghost2'), _batch_norm('ghost2')]
-        self.shortcut = [_depthwise(kernel_size, strides, name='shortcut_depthwise'), _batch_norm('shortcut_depthwise'),
-                         _conv(filters, name='shortcut_pointwise'), _batch_norm('shortcut_pointwise')]
+        self.main = main + _with_bn(GhostModule(filters, name='ghost2'), relu=False)
+        self.shortcut = [*_with_bn(_depthwise(kernel_size, strides, name='shortcut_depthwise'), relu=False),
+                         *_with_bn(_conv(filters, name='shortcut_pointwise'), relu=False)]
 
     call = layers.GhostBottleneck.call
 
@@ -85,12 +75,12 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
         raise ValueError(f"article.classifier_activation is {classifier_activation!r}; it must be 'softmax', or None "
                          'for logits')
     return [
-        _conv(STEM_FILTERS, kernel_size=3, strides=2, name='stem'), *_bn_relu('stem'),
+        *_with_bn(_conv(16, kernel_size=3, strides=2, name='stem')),
         *(GhostBottleneck(expansion, filters, kernel_size, strides, bool(apply_se and se_ratio), name=f'block_{number}')
           for number, (kernel_size, expansion, filters, se_ratio, strides) in enumerate(BLOCKS, start=1)),
-        _conv(TAIL_FILTERS, name='tail'), *_bn_relu('tail'),
+        *_with_bn(_conv(BLOCKS[-1][1], name='tail')),
         keras.layers.GlobalAveragePooling2D(keepdims=True, name='pool'),
-        _conv(HEAD_FILTERS, name='head'), *_bn_relu('head'),
+        *_with_bn(_conv(HEAD_FILTERS, name='head')),
         _conv(classes, name='classifier', dtype='float32'),  # outputs are float32 whatever the compute dtype
         keras.layers.Flatten(name='flatten', dtype='float32'),
         keras.layers.Activation(classifier_activation, name='activation', dtype='float32'),
@@ -99,10 +89,7 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
 
 @keras.saving.register_keras_serializable('ghostnet_article')
 class GhostNet(Chain):
-    """The tutorial's network as a class, built on construction. Arguments and tensors as in `ghostnet`; any image size.
-
-    Variables stand in the same order as in the function form: a.set_weights(b.get_weights()) makes them equal.
-    """
+    """The network as a class, built on construction. Arguments and variables of `ghostnet`; any image size."""
 
     def __init__(self, classes: int, apply_se: bool = True, classifier_activation: str | None = 'softmax', **kwargs):
         config = {'classes': classes, 'apply_se': apply_se, 'classifier_activation': classifier_activation}
@@ -121,7 +108,6 @@ def ghostnet(classes: int, apply_se: bool = True, classifier_activation: str | N
         classifier_activation: 'softmax', or None for logits, which training needs.
         image_size: H and W, one number for a square, None for any.
 
-    Raises:
-        ValueError: a number of classes or an activation that does not exist.
+    Raises ValueError for a number of classes or an activation that does not exist.
     """
     return connect(_build_layers(classes, apply_se, classifier_activation), image_size, 'ghostnet_article')

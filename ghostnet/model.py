@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from ghostnet.keyed import KeyedDropout
-from ghostnet.layers import Composite, Conv, ConvBN, GhostBottleneck, run_chain
+from ghostnet.layers import Composite, Conv, ConvBN, GhostBottleneck, fan_in_uniform, run_chain
 
 # Paper table 1, as the authors' code has it; channels at width 1.
 BLOCKS = (
@@ -95,9 +95,8 @@ def _build_layers(num_classes: int, width: float, version: int, dropout: float |
         keras.layers.GlobalAveragePooling2D('channels_last', keepdims=True, name='pool'),
         Head(name='head'),
         KeyedDropout(DROPOUT[version] if dropout is None else dropout, name='dropout'),
-        # Logits are float32 whatever the compute dtype. Uniform in +-1 / sqrt(fan_in), as the convolutions.
-        keras.layers.Dense(num_classes, name='classifier', dtype='float32',
-                           kernel_initializer=keras.initializers.VarianceScaling(1 / 3, 'fan_in', 'uniform')),
+        keras.layers.Dense(num_classes, name='classifier', kernel_initializer=fan_in_uniform(HEAD_FILTERS),
+                           dtype='float32'),  # logits are float32 whatever the compute dtype
     ]
 
 
@@ -121,8 +120,7 @@ def ghostnet(num_classes: int = 1000, width: float = 1.0, version: int = 1, *,
         image_size: H and W, one number for a square, None for any.
         dropout: rate before the classifier; None takes the version's own (0.2).
 
-    Raises:
-        ValueError: a version, number of classes, width or rate that does not exist.
+    Raises ValueError for a version, number of classes, width or rate that does not exist.
     """
     return connect(_build_layers(num_classes, width, version, dropout), image_size, 'ghostnet')
 

@@ -3,12 +3,10 @@
     python -m ghostnet.pytorch ghostnet_050.safetensors ghostnet.weights.h5 --width=0.5
     python -m ghostnet.pytorch ghostnet.keras ghostnet.npz
 
-Nothing is unpickled. .pth and .pt go through torch.load(weights_only=True) and need torch; .safetensors and .npz need
-nothing.
+Nothing is unpickled: .pth and .pt, which need torch, go through torch.load(weights_only=True).
 """
 import argparse
 import itertools
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -16,7 +14,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from ghostnet.model import BLOCKS, ghostnet
 
@@ -45,9 +42,6 @@ _MODULES = {
     'head/conv': 'conv_head', 'classifier': 'classifier',
 }
 
-_SAFETENSORS_DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': tf.bfloat16.as_numpy_dtype,
-                       'I64': np.int64}
-
 
 def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike | Mapping[str, Any], *,
                          strict: bool = True) -> dict[str, list[str]]:
@@ -56,13 +50,9 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
     It may also be a .pth or .pt (which need torch), .safetensors or .npz file, or stand inside {'state_dict': ...}.
     num_batches_tracked is ignored. Not strict loads what fits, and logs a warning that lists the rest.
 
-    Returns:
-        {'missing': [...], 'left over': [...], 'misshapen': [...]}: what did not fit. Empty lists where strict.
-
-    Raises:
-        ValueError: names or shapes that do not fit, all of them listed (strict; the model remains as it was); a model
-            that is no GhostNet; a file of another format.
-        ImportError: a .pth or .pt file without torch.
+    Returns {'missing': [...], 'left over': [...], 'misshapen': [...]}: what did not fit. Empty lists where strict.
+    Raises ValueError for names or shapes that do not fit, all of them listed (strict; the model remains as it was), for
+    a model that is no GhostNet, and for a file of another format; ImportError for a .pth or .pt file without torch.
     """
     is_mapping = isinstance(path_or_mapping, Mapping)
     state = path_or_mapping if is_mapping else _read(os.fspath(path_or_mapping))
@@ -93,10 +83,7 @@ def to_pytorch_state_dict(model: keras.Model, naming: str = 'timm') -> dict[str,
     """The weights of a GhostNet, class or function form, as float32 arrays under PyTorch's names and in its layout.
 
     As tensors they fit load_state_dict of timm's and of the authors' model. num_batches_tracked, which that does not
-    ask of a plain dict, is left out.
-
-    Raises:
-        ValueError: a naming other than 'timm' and 'official', or a model that is no GhostNet.
+    ask of a plain dict, is left out. Raises ValueError for another naming, or a model that is no GhostNet.
     """
     if naming not in NAMINGS:
         raise ValueError(f'naming is {naming!r}; it must be one of {", ".join(NAMINGS)}')
@@ -135,7 +122,11 @@ def _read(path: str) -> Mapping[str, Any]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     if path.endswith('.safetensors'):
-        return _read_safetensors(path)
+        import safetensors.numpy  # only this format needs it
+        try:
+            return safetensors.numpy.load_file(path)
+        except (safetensors.SafetensorError, AttributeError) as error:  # the latter of types that NumPy lacks
+            raise ValueError(f'{path} is no intact .safetensors file of floats: {error}') from error
     if path.endswith(('.pth', '.pt')):
         try:
             import torch
@@ -143,20 +134,6 @@ def _read(path: str) -> Mapping[str, Any]:
             raise ImportError(f'{path} needs torch: install it, or give .safetensors or .npz') from error
         return torch.load(path, map_location='cpu', weights_only=True)
     raise ValueError(f'{path} is no file of PyTorch weights: it must be .pth, .pt, .safetensors or .npz')
-
-
-def _read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """The format: length of the header as uint64, header as JSON, bytes of all tensors; little-endian."""
-    with open(path, 'rb') as file:
-        content = file.read()
-    start = 8 + int.from_bytes(content[:8], 'little')
-    data = memoryview(content)[start:]
-    try:
-        header = json.loads(content[8:start])
-        return {key: np.frombuffer(data[slice(*entry['data_offsets'])], _SAFETENSORS_DTYPES[entry['dtype']])
-                .reshape(entry['shape']) for key, entry in header.items() if key != '__metadata__'}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} is no intact .safetensors file of floats: {error!r}') from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,10 +157,9 @@ def main(argv: list[str] | None = None) -> None:
                 load_pytorch_weights(model, args.source)
         if args.target.endswith('.npz'):
             np.savez(args.target, **to_pytorch_state_dict(model))
-        elif args.target.endswith('.keras'):
-            model.save(args.target)
         else:
-            model.save_weights(args.target)
+            save = model.save if args.target.endswith('.keras') else model.save_weights
+            save(args.target)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
 

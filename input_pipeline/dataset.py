@@ -34,8 +34,7 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
       Batches of {'image': uint8 [B', image_size, image_size, 3], 'label': int32 [B'], 'index': int64 [B'] number in the
       source, 'mask': float32 [B'] 0 where the example is bad (and the image black), else 1}, B' = B / num_shards.
 
-    Raises:
-      ValueError: the shards do not divide the batch, or an argument is out of range.
+    Raises ValueError if the shards do not divide the batch, or an argument is out of range.
     """
     if seed < 0 or start_position < 0 or shuffle_block < 1:
         raise ValueError(f'seed ({seed}) and start_position ({start_position}) must be at least 0, and shuffle_block '
@@ -68,10 +67,8 @@ def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 22
 
     The last one is padded with black images of label 0, index -1 and mask 0. `resize`: pixels of the shorter side
     before the central crop of `image_size`; `interpolation`: 'bicubic' or 'bilinear', antialiased as PIL does.
-    `dct_scaling` decodes large images at a fraction of their size: faster, but not for figures to be published.
-
-    Raises:
-      ValueError: the shards do not divide the batch, `resize` is below `image_size`, or the interpolation is unknown.
+    `dct_scaling` decodes large images at a fraction of their size: faster, but not for figures to be published. Raises
+    ValueError if the shards do not divide the batch, `resize` is below `image_size`, or the interpolation is unknown.
     """
     if resize < image_size:
         raise ValueError(f'eval_dataset: resize ({resize}) must be at least image_size ({image_size})')

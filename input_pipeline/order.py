@@ -5,19 +5,14 @@ import numpy as np
 
 
 # NumPy guarantees the raw stream of Philox for all versions, which it does not for shuffle() or permutation().
-@functools.lru_cache(maxsize=3)
+@functools.lru_cache(maxsize=3)  # a batch may straddle two epochs
 def permutation(seed: int, epoch: int, n: int, block_size: int = 1) -> np.ndarray:
-    """The order of `n` examples in epoch `epoch`; `seed` and `epoch` are at least 0.
+    """int64 [n], read-only: 0..n-1 in the order of epoch `epoch`; `seed` and `epoch` are at least 0.
 
-    The example at position p of training is `permutation(seed, p // n, n)[p % n]`. The last three results are kept: a
-    batch may straddle two epochs.
-
-    With `block_size` > 1 blocks of neighbours are permuted, and the examples inside of each, so that one read serves
-    many: a block begins at every position of training that block_size divides, and ends early only where the epoch
-    does. What lies together stays together, so the source itself must be shuffled, as TFDS does it.
-
-    Returns:
-      int64 [n], read-only: each of 0..n-1 once.
+    The example at position p of training is `permutation(seed, p // n, n)[p % n]`. With `block_size` > 1 blocks of
+    neighbours are permuted, and the examples inside of each, so that one read serves many: a block begins at every
+    position of training that block_size divides, and ends early only where the epoch does. What lies together stays
+    together, so the source itself must be shuffled, as TFDS does it.
     """
     philox = np.random.Philox(key=[seed, epoch])
     order = np.argsort(philox.random_raw(n), kind='stable')

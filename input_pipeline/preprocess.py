@@ -20,8 +20,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 
 Crop = Callable[[bytes, np.random.Generator, int], np.ndarray]
 
-# Larger ones are taken for decompression bombs: 2 * 1024**3 // 4 // 3, twice what Pillow begins to warn of.
-MAX_PIXELS = 178_956_970
+MAX_PIXELS = 2 * 1024**3 // 4 // 3  # more is taken for a decompression bomb: twice what Pillow begins to warn of
 DECODERS = {b'\xff\xd8\xff': JpegImagePlugin.JpegImageFile, b'\x89PNG': PngImagePlugin.PngImageFile,
             b'GIF8': GifImagePlugin.GifImageFile, b'BM': BmpImagePlugin.BmpImageFile}
 # What they raise, besides ValueError.
@@ -138,10 +137,7 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
 
 
 def _read_simple_jpeg_header(encoded: bytes) -> tuple[int, int, int] | None:
-    """Height, width and where the height stands, of a JPEG whose rows can be decoded one after the other; else None.
-
-    That is a whole one, of one scan, grey or of three colours: nearly all of ImageNet.
-    """
+    """Height, width and where the height stands, of a whole JPEG of one scan in one or three colours; else None."""
     if not encoded.startswith(b'\xff\xd8\xff') or not encoded.endswith(b'\xff\xd9'):
         return None
     at, header = 2, None

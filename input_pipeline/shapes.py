@@ -4,9 +4,8 @@ An image is a textured ground, clutter, one large figure of the labelled shape (
 the central square), clutter over it, and grain. Size, place, colours, and which of figure and ground is the brighter
 do not depend on the class: single pixels say next to nothing about it, only the outline does.
 
-The same bytes on every machine and run: every choice is an integer from Philox, a counter-based generator whose stream
-is fixed by its definition; every pixel is NumPy integer arithmetic; `encode` says what the JPEG's bytes rest on. Record
-number i of a split is `draw(split, i)`.
+The same bytes on every machine and run: every choice is an integer from Philox, a generator that its definition fixes;
+every pixel is NumPy integer arithmetic; `encode` says what the JPEG's bytes rest on.
 """
 from collections.abc import Callable, Iterator
 
@@ -27,8 +26,8 @@ def _disc(u: np.ndarray, v: np.ndarray, radius: int = 860) -> np.ndarray:
     return u * u + v * v <= radius * radius
 
 
-# Coordinates u, v (int32 [h, w]) -> bool [h, w], inside or not. Each shape lies within the circle of radius UNIT around
-# the origin, and all stay apart under rotation, flip and a stretch of 4 to 3.
+# Coordinates u, v (int32 [h, w]) -> bool [h, w], inside or not. Each lies within the circle of radius UNIT around the
+# origin, and all stay apart under rotation, flip and a stretch of 4 to 3.
 Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 SHAPES: dict[str, Shape] = {
     'disc': _disc,
@@ -42,8 +41,7 @@ SHAPES: dict[str, Shape] = {
     # Two discs that touch, and the kite between that point and the tip, where their outer tangents meet.
     'heart': lambda u, v: (_disc(abs(u) - 440, v + 350, 440)
                            | (3 * (v + 350) >= abs(u)) & (4 * abs(u) + 3 * (v + 350) <= 9 * 440)),
-    'arrow': lambda u, v: ((u >= 0) & (abs(v) <= np.minimum(980 - u, 760))
-                           | (u < 0) & (u >= -960) & (abs(v) <= 230)),
+    'arrow': lambda u, v: (abs(v) <= np.where(u >= 0, np.minimum(980 - u, 760), 230)) & (u >= -960),
     'hourglass': lambda u, v: (abs(u) <= 720) & (5 * abs(v) <= 4 * abs(u) + 250),
 }
 # A bar and a disc; the least and the greatest UNIT, in quarter pixels for every 100 pixels of the shorter side.
@@ -51,10 +49,7 @@ _CLUTTER = (lambda u, v: (abs(v) <= 110) & (abs(u) <= 1000), 25, 55), (_disc, 8,
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, int]:
-    """Example number `index` of 'train' or 'test', as an image and its label, which is `index` modulo 10.
-
-    The image is uint8 [H, W, 3], the shorter side in 80..128 and the longer up to 4/3 of it.
-    """
+    """Record `index` of a split: uint8 [H, W, 3], shorter side 80..128, longer up to 4/3 of it; label `index` % 10."""
     bits = np.random.Philox(key=(_SPLIT_KEYS[split] << 64) + index)
     label = index % len(SHAPES)
     short = _between(bits, 80, 128)
@@ -88,8 +83,7 @@ def _rotation(bits: np.random.Philox) -> tuple[int, int, int]:
     """A random angle as (a, b, h): its cosine is a / h and its sine b / h, exactly, since a**2 + b**2 == h**2."""
     t = _between(bits, -424, 424)  # 1024 times the tangent of half the angle: 45 degrees either way
     a, b, h = 1024 * 1024 - t * t, 2 * 1024 * t, 1024 * 1024 + t * t
-    for _ in range(_between(bits, 0, 3)):
-        a, b = -b, a
+    a, b = ((a, b), (-b, a), (-a, -b), (b, -a))[_between(bits, 0, 3)]
     return a, b, h
 
 
@@ -135,11 +129,10 @@ def _pattern(bits: np.random.Philox, height: int, width: int) -> np.ndarray:
 def _add_clutter(bits: np.random.Philox, canvas: np.ndarray, num_pieces: int) -> None:
     """Draws small blobs and bars, each in colours of its own, anywhere on the canvas."""
     height, width, _ = canvas.shape
-    short = min(height, width)
     for _ in range(num_pieces):
         shape, low, high = _CLUTTER[_between(bits, 0, 1)]
         centre = _between(bits, 0, 4 * height), _between(bits, 0, 4 * width)
-        radius = short * _between(bits, low, high) // 100
+        radius = min(height, width) * _between(bits, low, high) // 100
         _stamp(bits, canvas, shape, _two_colours(bits), centre, radius, squeeze=_between(bits, 10, 16))
 
 
@@ -147,8 +140,7 @@ def _stamp(bits: np.random.Philox, canvas: np.ndarray, shape: Shape, colours: np
            radius: int, squeeze: int) -> None:
     """Draws a shape, turned and textured at random, onto the canvas (int16 [H, W, 3]), which may cut it off.
 
-    The centre (y, x) and the radius, which is the length of UNIT, are in quarter pixels. `squeeze` is the extent along
-    v, in sixteenths of that along u.
+    `centre` (y, x) and `radius`, UNIT's length, are in quarter pixels; `squeeze`: v's extent in sixteenths of u's.
     """
     a, b, h = _rotation(bits)
     top, left = (max((c - radius) // 4, 0) for c in centre)
@@ -167,9 +159,8 @@ def _stamp(bits: np.random.Philox, canvas: np.ndarray, shape: Shape, colours: np
 
 def encode(image: np.ndarray) -> bytes:
     """Encodes uint8 [H, W, 3] as a baseline JPEG of quality 90 without chroma subsampling."""
-    # The bytes rest on libjpeg-turbo, which TensorFlow contains. Its colour conversion, the default DCT of its encoder
-    # ('islow') and its quantisation are integer and exact, with any SIMD instructions or none, and the Huffman tables
-    # are the standard's as `optimize_size` is off. (The float DCT differs between machines.)
+    # The bytes rest on TensorFlow's libjpeg-turbo. Its colour conversion, default DCT ('islow'; the float one differs
+    # between machines) and quantisation are integer and exact; without optimize_size Huffman tables are the standard's.
     return tf.io.encode_jpeg(image, format='rgb', quality=90, optimize_size=False, chroma_downsampling=False).numpy()
 
 
@@ -179,16 +170,11 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version('1.0.0')
 
     def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg')
+        features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(names=list(SHAPES))})
         return tfds.core.DatasetInfo(
-            builder=self,
-            description='Ten drawn shapes of any place and direction, in random colours and textures, amid clutter.',
-            features=tfds.features.FeaturesDict({
-                'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
-                'label': tfds.features.ClassLabel(names=list(SHAPES)),
-            }),
-            supervised_keys=('image', 'label'),
-            disable_shuffling=True,
-        )
+            builder=self, features=features, supervised_keys=('image', 'label'), disable_shuffling=True,
+            description='Ten drawn shapes of any place and direction, in random colours and textures, amid clutter.')
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         return {split: self._generate_examples(split) for split in NUM_EXAMPLES}

@@ -28,10 +28,8 @@ def for_each(function: Callable[[int], None], items: Iterable[int]) -> None:
 
 @atexit.register
 def _wait_for_callers() -> None:
-    """Until no one has been seen for a tenth of a second: tf.data starts a few more calls, which return at once.
-
-    A thread that comes back to an interpreter that is gone hangs, or aborts the process.
-    """
+    # A thread that comes back to an interpreter that is gone hangs, or aborts the process. Until none has been seen for
+    # a tenth of a second: tf.data starts a few more calls, which return at once.
     num_unseen = 0
     while num_unseen < 10:
         time.sleep(0.01)

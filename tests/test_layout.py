@@ -30,7 +30,7 @@ LEVELS = (
     {'recipe', 'exits'},
 )
 THIRD_PARTY = {
-    'ghostnet': {'keras', 'numpy', 'tensorflow'},
+    'ghostnet': {'keras', 'numpy', 'safetensors', 'tensorflow'},
     # array_record is the reader of one of TFDS' own two file formats. google: protobuf, for its DecodeError. Images are
     # decoded, resized and changed by simplejpeg, OpenCV and Pillow: TensorFlow's operations take half as long again.
     'input_pipeline': {'PIL', 'array_record', 'cv2', 'google', 'google_crc32c', 'numpy', 'simplejpeg', 'tensorflow',

@@ -26,8 +26,7 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
       split: as the data set names it.
       prepare: whether TFDS may download and prepare a 'tfds:' set that is not there.
 
-    Raises:
-      DataError: nothing usable is there; the message is one line and says what would be right.
+    Raises DataError if nothing usable is there; the message is one line and says what would be right.
     """
     data_dir = os.path.expanduser(data_dir)
     try:
@@ -42,10 +41,8 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
         raise DataError(f'{name} in {data_dir} cannot be read: {error}') from error
     # One bad file is masked in training; when all of the first are bad, these are not images at all.
     if not any(encoded.startswith(tuple(DECODERS)) for encoded in first):
-        if problem := source.problem(0):
-            raise DataError(f'{source.where(0)}: {problem}; nor can any of the {len(first) - 1} after it be used')
-        raise DataError(f'{source.where(0)} is no JPEG, PNG, GIF or BMP image (it begins with {first[0][:8]!r}), nor '
-                        f'are the {len(first) - 1} examples after it')
+        problem = source.problem(0) or f'it is no JPEG, PNG, GIF or BMP image but begins with {first[0][:8]!r}'
+        raise DataError(f'{source.where(0)}: {problem}; nor can any of the {len(first) - 1} after it be used')
     return source
 
 

@@ -22,8 +22,7 @@ def open_folder(data_dir: str, split: str) -> Source:
     if not found:
         raise DataError(f'{split_dir} holds no class directories; {wanted}')
     class_names = _directories(train_dir) if os.path.isdir(train_dir) else found
-    unknown = sorted(set(found) - set(class_names))
-    if unknown:
+    if unknown := sorted(set(found) - set(class_names)):
         raise DataError(f'{split_dir}: class {unknown[0]!r} is not among the {len(class_names)} classes of {train_dir}')
     files, labels = [], []
     for name in found:
@@ -33,8 +32,7 @@ def open_folder(data_dir: str, split: str) -> Source:
             raise DataError(f'{os.path.join(split_dir, name)} holds no image; {wanted}')
         files += [os.fsencode(os.path.join(name, image)) for image in images]
         labels += [class_names.index(name)] * len(images)
-    # As arrays: a million Python strings take several times the memory.
-    files, labels = np.array(files), np.array(labels, np.int32)
+    files, labels = np.array(files), np.array(labels, np.int32)  # a million Python strings take far more memory
 
     def where(i):
         return os.path.join(split_dir, os.fsdecode(files[i]))

@@ -1,7 +1,4 @@
-"""Pixels in memory as a source: the four idx files of MNIST-like sets, and arrays.
-
-Pixels are given as PNG, which only wraps them: every source yields encoded images, and one way of decoding serves all.
-"""
+"""Pixels in memory as a source of PNGs, since sources are of encoded images: MNIST-like sets' idx files, and arrays."""
 import gzip
 import os
 import zlib

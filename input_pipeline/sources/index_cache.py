@@ -23,13 +23,12 @@ def cached_array(paths: Sequence[str], name: str, key: str, build: Callable[[], 
     or the name, size or time of any shard changed.
     """
     fingerprint = json.dumps([_FORMAT, key, in_parallel(_name_size_time, paths)])
-    is_remote = '://' in paths[0]
-    beside = os.path.dirname(paths[0] if is_remote else os.path.abspath(paths[0]))
+    beside = os.path.dirname(paths[0] if '://' in paths[0] else os.path.abspath(paths[0]))
     cache_dir = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'ghostnet')
     # Of the names, since two parts of one split (train[:90%], train[90%:]) are two sets of shards in one directory.
     name += '-' + _short_hash(*map(os.path.basename, paths))
-    elsewhere = os.path.join(cache_dir, f'{name}-{_short_hash(beside)}.ghostnet-index.npz')
-    cache_paths = [elsewhere] if is_remote else [os.path.join(beside, f'{name}.ghostnet-index.npz'), elsewhere]
+    stems = os.path.join(beside, name), os.path.join(cache_dir, f'{name}-{_short_hash(beside)}')
+    cache_paths = [f'{stem}.ghostnet-index.npz' for stem in stems if '://' not in stem]
     for path in filter(os.path.exists, cache_paths):
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -63,11 +62,9 @@ def in_parallel(function: Callable, paths: Sequence[str]) -> list:
 
 
 def _name_size_time(path: str) -> tuple[str, int, int]:
-    if '://' in path:
-        stat = tf.io.gfile.stat(path)
-        return os.path.basename(path), stat.length, stat.mtime_nsec
-    stat = os.stat(path)  # in nanoseconds, where TensorFlow's has seconds
-    return os.path.basename(path), stat.st_size, stat.st_mtime_ns
+    stat = tf.io.gfile.stat(path)
+    # The system's time of a local file has nanoseconds, where TensorFlow's has seconds.
+    return os.path.basename(path), stat.length, stat.mtime_nsec if '://' in path else os.stat(path).st_mtime_ns
 
 
 def _short_hash(*texts: str) -> str:

@@ -61,8 +61,7 @@ def index_shard(path: str, image_key: str, label_key: str) -> np.ndarray:
                 raise DataError(f'{path}, record {len(rows)}: {error}') from error
             rows.append((start + offset, size, label))
     if at != end:
-        raise DataError(f'{path} ends in the middle of record {len(rows)}: it was cut off at {end} bytes; '
-                        'copy or write it again')
+        raise DataError(f'{path} was cut off in record {len(rows)}, at {end} bytes; copy or write it again')
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
@@ -73,10 +72,7 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def find_image_and_label(record: bytes, image_key: str, label_key: str) -> tuple[int, int, int]:
-    """Offset and length of the one value of feature `image_key` in a tf.train.Example, and that of `label_key`.
-
-    Raises ValueError if the record is none or lacks one of the two features.
-    """
+    """Offset and length of the one image in a tf.train.Example, and its label; ValueError if it has not one of each."""
     try:
         features = tf.train.Example.FromString(record).features.feature
     except DecodeError as error:
@@ -88,9 +84,7 @@ def find_image_and_label(record: bytes, image_key: str, label_key: str) -> tuple
             raise ValueError(f'feature {key!r} {"holds more than one value" if values else f"is not one {kind}"}')
     if missing := [key for key in (image_key, label_key) if key not in present]:
         raise ValueError(f'no feature {missing[0]!r}; the record has: {", ".join(present) or "none"}')
-    image = images[0]
-    # By its beginning: to look for all of it takes ten times as long as to parse the record.
-    offset = record.find(image[:32])
-    while not record.startswith(image, offset):
-        offset = record.find(image[:32], offset + 1)
-    return offset, len(image), labels[0]
+    offset = record.find(images[0][:32])  # to look for all of it takes ten times as long as to parse the record
+    while not record.startswith(images[0], offset):
+        offset = record.find(images[0][:32], offset + 1)
+    return offset, len(images[0]), labels[0]

@@ -45,8 +45,7 @@ def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], data_dir: str
         os.makedirs(data_dir, exist_ok=True)
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
-        # Several workers of one machine may start at once; one prepares, the others wait. TFDS prints to stdout, which
-        # is for results.
+        # Of workers that start at once one prepares, the others wait. TFDS prints to stdout, which is for results.
         with open(os.path.join(data_dir, '.preparing.lock'), 'w') as lock, contextlib.redirect_stdout(sys.stderr):
             fcntl.flock(lock, fcntl.LOCK_EX)
             builder = make_builder()
@@ -70,8 +69,7 @@ def _open_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     paths = [os.fspath(instruction.filename) for instruction in instructions]
     # One listing: to ask for each of a thousand remote files takes a minute.
     present = set(tf.io.gfile.listdir(os.path.dirname(paths[0])))
-    missing = [path for path in paths if os.path.basename(path) not in present]
-    if missing:
+    if missing := [path for path in paths if os.path.basename(path) not in present]:
         raise DataError(f'{what}: missing {len(missing)} of {len(paths)} files, such as {missing[0]}; prepare it again')
     image_key, label_key = _feature_keys(info, what)
     class_names = info.features[label_key].names
@@ -93,16 +91,15 @@ def _open_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
 def _feature_keys(info: tfds.core.DatasetInfo, what: str) -> tuple[str, str]:
     """The features that hold image and label: the supervised keys if they are of these types, else the only ones."""
     features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
-    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)
-              and feature.np_dtype in (np.uint8, np.uint16)]
-    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    pairs = [(image, label) for image in images for label in labels]
-    if info.supervised_keys in pairs:
-        return info.supervised_keys
-    if len(pairs) == 1:
-        return pairs[0]
-    raise DataError(f'{what}: wanted one image and one class label; its features are: '
-                    + ', '.join(f'{key} ({type(feature).__name__})' for key, feature in features.items()))
+    images = [key for key, feature in features.items()
+              if isinstance(feature, tfds.features.Image) and feature.np_dtype in (np.uint8, np.uint16)]
+    pairs = [(image, label) for image in images for label, feature in features.items()
+             if isinstance(feature, tfds.features.ClassLabel)]
+    pairs = [pair for pair in pairs if pair == info.supervised_keys] or pairs
+    if len(pairs) != 1:
+        raise DataError(f'{what}: wanted one image and one class label; its features are: '
+                        + ', '.join(f'{key} ({type(feature).__name__})' for key, feature in features.items()))
+    return pairs[0]
 
 
 def _how_to_prepare(name: str, data_dir: str) -> str:
@@ -117,9 +114,8 @@ def _how_to_prepare(name: str, data_dir: str) -> str:
         return (f'{what}, and TFDS knows no data set {base!r}; '
                 + (f'did you mean {near[0]!r}?' if near else 'prepare your own builder there first'))
     # Not `tfds build`: that command needs apache_beam, which nothing else here does.
-    command = (f'python -c "import tensorflow_datasets as tfds; '
-               f'tfds.builder({name!r}, data_dir={data_dir!r}).download_and_prepare()"')
+    builder = f'tfds.builder({name!r}, data_dir={data_dir!r})'
     if base == 'imagenet2012':
         what += (': put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from image-net.org) in '
                  f'{os.path.join(data_dir, "downloads", "manual")}, then')
-    return f'{what}: run: {command}'
+    return f'{what}: run: python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()"'

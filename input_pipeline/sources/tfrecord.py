@@ -18,10 +18,9 @@ MAX_BAD_LABELS = 0.1  # of a split; with more the whole set is another one
 def open_tfrecord(data_dir: str, split: str) -> Source:
     """Opens DATA_DIR/<split>-?????-of-?????, records with `image/encoded` and `image/class/label`.
 
-    Labels may count from 0 or from 1 (as in ImageNet shards that keep 0 for "background"): they count from 1 if the
-    smallest label of the `train` split is 1, from 0 if it is 0. A split that lies beside `train` follows `train`, since
-    a small split need not hold every class; otherwise the split itself decides. The largest label gives the number of
-    classes. Raises DataError if shards are missing or damaged, or the labels fit neither rule.
+    Labels count from 0, or from 1 as in ImageNet shards that keep 0 for "background": from the smallest of the `train`
+    split, or of this one where no `train` lies beside it, since a small split need not hold every class. The largest
+    gives the number of classes. Raises DataError if shards are missing or damaged, or the labels fit neither rule.
     """
     def load(split):
         paths = find_shards(data_dir, split)
@@ -35,7 +34,7 @@ def open_tfrecord(data_dir: str, split: str) -> Source:
 def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, class_names: Sequence[str],
                         first: int = 0) -> Source:
     """Source over shards with the index that `load_record_index` gave. `first`: class 0's label."""
-    is_bad = out_of_range(index[:, 3], len(class_names), first)
+    is_bad = _are_out_of_range(index[:, 3], len(class_names), first)
     labels = np.where(is_bad, 0, index[:, 3] - first).astype(np.int32)
 
     def read(indices):
@@ -53,8 +52,7 @@ def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, clas
 
 def _read_spans(paths: Sequence[str], spans: Sequence[tuple[int, int, int]]) -> list[bytes]:
     """The bytes of each (shard, offset, length); in a remote shard one read serves all that are near each other."""
-    # 64 KB too many are read sooner than another answer comes. Local images are read one by one: memory for many at
-    # once takes three times as long to get.
+    # 64 KB too many come sooner than another answer. Local images one by one: memory for many takes thrice the time.
     max_gap = 1 << 16 if '://' in paths[0] else -1
     encoded, runs = [b''] * len(spans), []
     for (shard, offset, length), row in sorted((span, row) for row, span in enumerate(spans) if span[2]):
@@ -90,18 +88,14 @@ def find_shards(data_dir: str, split: str, suffix: str = '') -> list[str]:
     if len(counts) > 1:
         raise DataError(f'{data_dir} mixes shards of {split} of several sets: -of-{", -of-".join(counts)}; keep one')
     wanted = [f'{split}-{i:05d}-of-{counts[0]}{suffix}' for i in range(int(counts[0]))]
-    missing = sorted(set(wanted) - set(found))
-    if missing:
+    if missing := sorted(set(wanted) - set(found)):
         raise DataError(f'{data_dir} lacks {len(missing)} of the {len(wanted)} shards of {split}, such as {missing[0]}')
     return [os.path.join(data_dir, name) for name in found]
 
 
 def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], data_dir: str, split: str,
                suffix: str = '') -> tuple[int, list[str]]:
-    """The label of class 0 and the names of the classes, by the rule of `open_tfrecord`; DataError if it does not fit.
-
-    `labels` are those of `split`; `load_labels` gives those of another split.
-    """
+    """Class 0's label and the classes' names by the rule of `open_tfrecord`; DataError if it does not fit the split."""
     rule_split = 'train' if 'train' in _list_shards(data_dir, suffix).values() else split
     rule_labels = labels if rule_split == split else load_labels(rule_split)
     rule_labels = rule_labels[rule_labels != NO_LABEL]
@@ -117,14 +111,13 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
     return first, [str(i) for i in range(num_classes)]
 
 
-def out_of_range(labels: np.ndarray, num_classes: int, first: int) -> np.ndarray:
-    """bool [n]: which labels are not in first..first+num_classes-1."""
+def _are_out_of_range(labels: np.ndarray, num_classes: int, first: int) -> np.ndarray:
     return (labels < first) | (labels >= first + num_classes)
 
 
 def check_labels(labels: np.ndarray, num_classes: int, what: str, right: str, first: int = 0) -> None:
     """Raises DataError if so many labels (of records that have one) are out of range that these are no bad examples."""
-    wrong = np.flatnonzero(out_of_range(labels, num_classes, first) & (labels != NO_LABEL))
+    wrong = np.flatnonzero(_are_out_of_range(labels, num_classes, first) & (labels != NO_LABEL))
     if len(wrong) > MAX_BAD_LABELS * len(labels):
         raise DataError(f'{what}: {len(wrong)} of {len(labels)} labels are out of range (example {wrong[0]} is class '
                         f'{labels[wrong[0]] - first} counted from 0); {right}')
