@@ -1,7 +1,4 @@
-"""Training from the first step to the last: the table of contents of the system.
-
-Everything is validated before the workdir is touched; the host is touched once per train.steps_per_loop.
-"""
+"""Training from the first step to the last: the table of contents of the system."""
 import contextlib
 import functools
 import logging
@@ -32,24 +29,21 @@ from trainer.telemetry import Telemetry, eval_line, progress_line, read_json_lin
 def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, train_source: input_pipeline.Source,
           eval_source: input_pipeline.Source | None, train_dataset: Callable[..., tf.data.Dataset],
           eval_dataset: Callable[..., tf.data.Dataset], workdir: Path, fingerprint: Mapping[str, str],
-          write_config: Callable[[Path], None],
-          should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+          write_config: Callable[[Path], None], should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """Trains, evaluates as configured, resumes whatever `workdir` holds, and returns the last tags that were reported.
 
     Without eval_source nothing is evaluated. train_dataset and eval_dataset are input_pipeline's with what the recipe
-    binds. `workdir`, see the README, is made if absent once everything has been checked; then write_config(workdir) is
-    called. `fingerprint` is what a resumed run must have in common with the checkpoint. should_stop is asked after each
-    loop of steps; if any worker's says so, all save and stop.
-    Raises ConfigError: the recipe does not fit the data, the devices or the checkpoint; too many bad examples; numbers
-    that go wrong again and again. StoppedEarly: should_stop said so, and everything is saved. SaveError: nothing could
-    be saved for train.save_retry_secs.
+    binds. Once everything is checked, `workdir` is made if absent, and write_config(workdir) called. A resumed run must
+    have its checkpoint's `fingerprint`. After a loop of steps all save and stop if any worker's should_stop() says so.
+    Raises ConfigError: the recipe does not fit data, devices or checkpoint; too many bad examples; numbers go wrong
+    again and again. StoppedEarly: should_stop() said so, all is saved. SaveError: see train.save_retry_secs.
     """
     started, goodput = time.perf_counter(), Goodput()
     rows, plan = settings.global_batch_size, make_plan(settings, len(train_source), eval_source is not None)
     last_step = plan.last_step
 
     # ---- What is trained, and from where on ----
-    schedule = settings.schedule(num_steps=plan.num_steps, steps_per_epoch=plan.steps_per_epoch, global_batch_size=rows)
+    rate = settings.schedule(num_steps=plan.num_steps, steps_per_epoch=plan.steps_per_epoch, global_batch_size=rows)
     num_classes = max(source.num_classes for source in (train_source, eval_source) if source is not None)
     model, state, update = build_model_and_state(settings, strategy, num_classes)
     meta = {'fingerprint': {**fingerprint, 'number of training examples': str(len(train_source))},
@@ -74,8 +68,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
 
     # ---- What runs on the devices ----
     normalize = make_normalize(data.pixel_mean, data.pixel_std)
-    train_loop = make_train_loop(strategy, model, state, settings, normalize=normalize, update_fn=update,
-                                 schedule=schedule)
+    train_loop = make_train_loop(strategy, model, state, settings, normalize=normalize, update_fn=update, schedule=rate)
     make_bad_examples = functools.partial(BadExamples, workdir / 'bad_examples.jsonl', settings.bad_example_budget,
                                           functools.partial(take_turns, strategy, sum_over_workers))
     bad = make_bad_examples(train_source)
@@ -106,8 +99,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         started, results = time.perf_counter(), {}
         with goodput.spend('evaluating'):
             for evaluate in evaluators:
-                found = evaluate(must_stop)
-                if found is None:
+                if (found := evaluate(must_stop)) is None:
                     return False
                 results |= found
         final.update(results)
@@ -162,15 +154,13 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             if step in plan.resizes:
                 batches, is_traced = open_batches(), False  # the loop is traced again, once a size
 
-            metrics = train_metrics(reported, float(schedule(tf.constant(step - 1))))
-            metrics |= goodput.metrics() | bad.metrics()
-            if plan.is_report_step(step):
-                metrics |= stalls.metrics()
-            if state.loss_scale:
-                metrics['train/loss_scale'] = float(state.loss_scale['loss_scale'].numpy())
+            metrics = train_metrics(reported, float(rate(tf.constant(step - 1))))
             telemetry.progress(progress_line(step=step, num_steps=last_step, metrics=metrics, eta_secs=(
                 last_step - step) * reported['secs'] / reported['steps']), is_lasting=plan.is_report_step(step))
             if plan.is_report_step(step):
+                metrics |= goodput.metrics() | bad.metrics() | stalls.metrics()
+                if state.loss_scale:
+                    metrics['train/loss_scale'] = float(state.loss_scale['loss_scale'].numpy())
                 telemetry.report(step, metrics)
                 final.update(metrics)
                 reported = Counter()
