@@ -1,7 +1,4 @@
-"""What a run starts from: weights, the newest whole checkpoint of the same recipe, or one before numbers went wrong.
-
-Apart from loop.py, whose length it would double, and from checkpoint.py, which knows files and no recipe.
-"""
+"""What a run starts from: weights, the newest whole checkpoint of the same recipe, or one before numbers went wrong."""
 import json
 import logging
 import os
@@ -88,9 +85,8 @@ def roll_back(directory: Path, state: TrainState, settings: Train, step: int) ->
     """After too many skipped steps: back to the newest periodic checkpoint, and on past the examples of those steps.
 
     The step is the checkpoint's, the position that after the last step that counted among the skipped ones, wherever
-    the loop of steps ended. Saves made by the clock or by a signal come at steps that no other run would go back to:
-    one is taken only if there is no periodic one. Returns the checkpoint's meta and, in it, the tags to 'report'.
-    Raises ConfigError: that has been done train.max_rollbacks times already.
+    the loop of steps ended. Without a periodic one, a save made by the clock or by a signal is taken, to which no other
+    run would go back. Returns its meta with the tags to 'report'. Raises ConfigError: train.max_rollbacks are made.
     """
     rollbacks = int(state.guard['rollbacks'].numpy())
     beyond = int(state.guard['skips_in_a_row'].numpy()) - settings.rollback_after
