@@ -40,7 +40,6 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     """
     started, goodput = time.perf_counter(), Goodput()
     rows, plan = settings.global_batch_size, make_plan(settings, len(train_source), eval_source is not None)
-    last_step = plan.last_step
 
     # ---- What is trained, and from where on ----
     rate = settings.schedule(num_steps=plan.num_steps, steps_per_epoch=plan.steps_per_epoch, global_batch_size=rows)
@@ -62,8 +61,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     is_evaluated = any(report['step'] == step and 'eval/top1' in report for report in reports)
     is_eval_due = sum_over_workers(int(is_writer and step > 0 and plan.is_eval_step(step) and not is_evaluated)) > 0
     final = {tag: value for report in reports for tag, value in report.items() if '/' in tag}
-    if step >= last_step and not is_eval_due:
-        logging.info('finished: %s holds step %d of %d; nothing to do', workdir, step, last_step)
+    if step >= plan.last_step and not is_eval_due:
+        logging.info('finished: %s holds step %d of %d; nothing to do', workdir, step, plan.last_step)
         return final
 
     # ---- What runs on the devices ----
@@ -87,7 +86,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     telemetry = Telemetry(workdir if is_writer else None, step)
     saver = Saver(workdir / 'checkpoints' if is_writer else None, state.variables(), settings)
     reported, is_traced = Counter(resumed.get('pending', {})), False
-    logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, last_step, plan.num_steps,
+    logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, plan.last_step, plan.num_steps,
                  plan.steps_per_epoch)
 
     def must_stop() -> bool:  # asked by all workers at the same points, after loops of batches, and answered alike
@@ -117,10 +116,10 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     with contextlib.closing(telemetry), Watchdog(strategy, settings.step_timeout_secs) as watchdog:
         goodput.seconds['restoring'] += time.perf_counter() - started
         if must_stop() or is_eval_due and not evaluate_and_keep_best():
-            raise StoppedEarly(f'stopped at step {step} of {last_step}, with nothing new to save')
+            raise StoppedEarly(f'stopped at step {step} of {plan.last_step}, with nothing new to save')
         if state.guard and not resumed:
             save()  # what to go back to if numbers go wrong at once
-        while step < last_step:
+        while step < plan.last_step:
             # One step first, which is traced and compiled and takes its own time.
             until = plan.next_stop(step, settings.steps_per_loop if is_traced else 1)
             started = time.perf_counter()
@@ -155,8 +154,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
                 batches, is_traced = open_batches(), False  # the loop is traced again, once a size
 
             metrics = train_metrics(reported, float(rate(tf.constant(step - 1))))
-            telemetry.progress(progress_line(step=step, num_steps=last_step, metrics=metrics, eta_secs=(
-                last_step - step) * reported['secs'] / reported['steps']), is_lasting=plan.is_report_step(step))
+            telemetry.progress(progress_line(step=step, num_steps=plan.last_step, metrics=metrics, eta_secs=(
+                plan.last_step - step) * reported['secs'] / reported['steps']), is_lasting=plan.is_report_step(step))
             if plan.is_report_step(step):
                 metrics |= goodput.metrics() | bad.metrics() | stalls.metrics()
                 if state.loss_scale:
@@ -168,13 +167,13 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             is_stopping = must_stop()
             is_evaluated = not plan.is_eval_step(step) or not is_stopping and evaluate_and_keep_best()
             is_stopping = is_stopping or not is_evaluated or plan.is_eval_step(step) and must_stop()
-            is_ending = is_stopping or step == last_step
+            is_ending = is_stopping or step == plan.last_step
             if is_ending or saver.is_due() or step % settings.checkpoint_every_steps == 0:
                 save()
             if is_ending:
                 saver.finish(settings.grace_secs if is_stopping else settings.save_retry_secs)
                 sum_over_workers(0)  # nobody leaves before it is saved
                 logging.info('%s', goodput)
-            if is_stopping and not (step == last_step and is_evaluated):
-                raise StoppedEarly(f'stopped at step {step} of {last_step}, and saved')
+            if is_stopping and not (step == plan.last_step and is_evaluated):
+                raise StoppedEarly(f'stopped at step {step} of {plan.last_step}, and saved')
     return final
