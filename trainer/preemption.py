@@ -1,7 +1,4 @@
-"""What ends a run before its time: a signal, or a worker that is lost or hangs.
-
-TensorFlow itself reports a peer that died as an error of some collective, and one that hangs not at all.
-"""
+"""What ends a run before its time: a signal, a lost worker, which TensorFlow reports by an error, or a hanging one."""
 import math
 import os
 import signal

@@ -109,9 +109,8 @@ def roll_back(directory: Path, state: TrainState, settings: Train, step: int) ->
 
 def describe_environment(strategy: tf.distribute.Strategy) -> dict[str, Any]:
     """What bits depend on, apart from the recipe."""
-    cpuinfo = Path('/proc/cpuinfo')
+    cpuinfo, threads = Path('/proc/cpuinfo'), tf.config.threading
     cpu = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
     return {'tensorflow': tf.__version__, 'cpu': cpu[1] if cpu else platform.machine(),
             'num_cpus': len(os.sched_getaffinity(0)), 'num_replicas': strategy.num_replicas_in_sync,
-            'threads': [tf.config.threading.get_inter_op_parallelism_threads(),
-                        tf.config.threading.get_intra_op_parallelism_threads()]}
+            'threads': [threads.get_inter_op_parallelism_threads(), threads.get_intra_op_parallelism_threads()]}

@@ -1,7 +1,4 @@
-"""The training and the evaluation step, and their loops on the device.
-
-The only file that knows of replicas and XLA: strategy.run, all_reduce and jit_compile stand here and nowhere else.
-"""
+"""The training and the evaluation step and their loops: only here stand strategy.run, all_reduce and jit_compile."""
 from collections.abc import Callable, Iterator
 from typing import Any
 
