@@ -1,7 +1,6 @@
 """Training of GhostNet-class networks under tf.distribute. `trainer.train` trains a Keras model on arrays.
 
-Imports nothing until asked: `python -m trainer.main` imports this package first, and has to set up its process before
-TensorFlow is loaded.
+Imports nothing until asked: `python -m trainer.main` imports this first, and sets its process up before TensorFlow.
 """
 
 

@@ -1,7 +1,7 @@
 """`trainer.train`: trains a Keras model on images in memory, through the pipeline, step and loop of the command."""
-import functools
 import hashlib
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,9 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
 
     Args:
         model: [B, H, W, 3] normalised images -> logits [B, num_classes].
-        images: uint8 [N, H, W, 3] or [N, H, W].
-        labels: integers [N], 0 <= label < num_classes.
+        images, labels: uint8 [N, H, W, 3] or [N, H, W], and integers [N], 0 <= label < num_classes.
         epochs, global_batch_size: as in recipe.Train; so are `settings`, as seed=1 or ema_decay=0.999.
-        eval_data: (images, labels) to evaluate after each epoch.
-        workdir: where checkpoints and logs go, and where a run is resumed from. None: nothing is kept.
+        eval_data: (images, labels) to evaluate after each epoch. workdir: where a run is kept and resumed, if anywhere.
         peak_rate, warmup_epochs: of schedule.cosine. momentum, nesterov, weight_decay: of optimizer.sgd.
         image_size: height and width in pixels that images are resized to. None: the images' own, which are then square.
         max_shift, flip: augmentation, see input_pipeline. pixel_mean, pixel_std: of R, G, B in 0..1.
@@ -42,20 +40,18 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
     train_settings = Train(
         epochs=epochs, global_batch_size=global_batch_size, model=lambda: model,
         optimizer=lambda: optimizer.sgd(momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
-        schedule=functools.partial(schedule.cosine, peak_rate, warmup_epochs=warmup_epochs), **settings)
+        schedule=partial(schedule.cosine, peak_rate, warmup_epochs=warmup_epochs), **settings)
+    arguments = (epochs, global_batch_size, peak_rate, warmup_epochs, momentum, nesterov, weight_decay, size, max_shift,
+                 flip, pixel_mean, pixel_std, sorted(settings.items()))
     fingerprint = {'images': hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
-                   'labels': hashlib.sha256(np.ascontiguousarray(labels)).hexdigest(),
-                   'arguments': repr((epochs, global_batch_size, peak_rate, warmup_epochs, momentum, nesterov,
-                                      weight_decay, size, max_shift, flip, pixel_mean, pixel_std,
-                                      sorted(settings.items())))}
+                   'labels': hashlib.sha256(np.ascontiguousarray(labels)).hexdigest(), 'arguments': repr(arguments)}
     with tempfile.TemporaryDirectory() as temporary:
         return loop.train(
             train_settings, Data('arrays', pixel_mean=pixel_mean, pixel_std=pixel_std),
             strategy=tf.distribute.get_strategy(), workdir=Path(temporary if workdir is None else workdir),
             train_source=input_pipeline.array_source(images, labels, num_classes),
             eval_source=input_pipeline.array_source(*eval_data, num_classes) if eval_data else None,
-            train_dataset=functools.partial(input_pipeline.train_dataset, image_size=size, flip=flip,
-                                            crop=input_pipeline.make_random_shift(max_shift)),
-            eval_dataset=functools.partial(input_pipeline.eval_dataset, image_size=size, resize=size,
-                                           interpolation='bilinear'),
+            train_dataset=partial(input_pipeline.train_dataset, image_size=size, flip=flip,
+                                  crop=input_pipeline.make_random_shift(max_shift)),
+            eval_dataset=partial(input_pipeline.eval_dataset, image_size=size, resize=size, interpolation='bilinear'),
             fingerprint=fingerprint, write_config=lambda workdir: None)

@@ -104,8 +104,7 @@ def latest_valid(directory: Path) -> Path | None:
 def find_damage(path: Path) -> str:
     """What is wrong with the files of a checkpoint, or ''."""
     try:
-        meta = read_meta(path)
-        checksums = meta['sha256']
+        checksums = (meta := read_meta(path))['sha256']
     except (OSError, ValueError, KeyError) as error:
         return f'meta.json cannot be read: {error}'
     for name, checksum in checksums.items():

@@ -1,7 +1,6 @@
 """All of gin: what can be bound, from which files, and whether every binding is used.
 
-The only module that imports gin. It registers functions of the library from outside, so that the library works without
-it, and turns gin's own errors into one line.
+The only module that imports gin: the library works without it. Turns gin's own errors into one line.
 """
 import difflib
 import functools

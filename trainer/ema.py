@@ -6,8 +6,7 @@ def ema_update(ema: dict[str, tf.Tensor], weights: dict[str, tf.Tensor], decay: 
                step: tf.Tensor) -> dict[str, tf.Tensor]:
     """ema + (1 - d) * (weights - ema), d = min(decay, (1 + step) / (10 + step)), of float32 tensors of the same paths.
 
-    The warmup of d, as tf.train.ExponentialMovingAverage has it, lets the average forget the initial weights. `step`
-    counts the updates before this one; decay is in [0, 1).
+    d rises as in tf.train.ExponentialMovingAverage, to forget the initial weights. step: updates before; decay: [0, 1).
     """
     step = tf.cast(step, tf.float32)
     rate = 1 - tf.minimum(decay, (1 + step) / (10 + step))

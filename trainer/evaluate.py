@@ -44,8 +44,7 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, settings
     batches = distribute(strategy, functools.partial(eval_dataset, source, on_bad=bad.found,
                                                      global_batch_size=settings.global_batch_size))
     num_batches = -(-len(source) // settings.global_batch_size)
-    # Built and traced now: what fails, fails before training, and not even a change of the source under a running
-    # trainer, which tracing reads, can spoil an evaluation hours later.
+    # Traced now: what fails, fails before training, and no change of the source, which tracing reads, spoils it later.
     eval_loop(iter(batches), tf.constant(0))
 
     def evaluate(must_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -76,7 +75,14 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
 
     Raises ConfigError: no such checkpoint, a damaged one, one of another model, or one without the weights asked for.
     """
-    path = _find_checkpoint(workdir, which.checkpoint)
+    path = Path(which.checkpoint)
+    if which.checkpoint in ('latest', 'best'):
+        directory = workdir / ('checkpoints' if which.checkpoint == 'latest' else 'best')
+        if (path := checkpoint.latest_valid(directory)) is None:
+            raise ConfigError(f'no whole checkpoint in {directory}: train first, or name the run with --workdir')
+    elif damage := checkpoint.find_damage(path):
+        raise ConfigError(f"evaluate.checkpoint is {which.checkpoint!r}: {damage}; it must be 'latest', 'best' or a "
+                          'directory ckpt-<step>')
     if which.weights == 'ema' and settings.ema_decay is None:
         raise ConfigError("evaluate.weights is 'ema', but train.ema_decay is None: the run keeps no average")
     model, state, _ = build_model_and_state(settings, strategy, eval_source.num_classes)
@@ -87,15 +93,3 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
         bad=BadExamples(None, settings.bad_example_budget, lambda write: write(), eval_source),
         open_batches=lambda: open_train_batches(strategy, settings, state, train_source, train_dataset))
     return evaluate(lambda: False) | {'step': int(state.step.numpy()), 'checkpoint': str(path)}
-
-
-def _find_checkpoint(workdir: Path, which: str) -> Path:
-    if which in ('latest', 'best'):
-        directory = workdir / ('checkpoints' if which == 'latest' else 'best')
-        if path := checkpoint.latest_valid(directory):
-            return path
-        raise ConfigError(f'no whole checkpoint in {directory}: train first, or name the run with --workdir')
-    if damage := checkpoint.find_damage(Path(which)):
-        raise ConfigError(f"evaluate.checkpoint is {which!r}: {damage}; it must be 'latest', 'best' or a directory "
-                          'ckpt-<step>')
-    return Path(which)

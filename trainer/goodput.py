@@ -10,9 +10,8 @@ KINDS = ('stepping', 'data_wait', 'evaluating', 'saving', 'restoring', 'compilin
 class Goodput:
     """Seconds by kind, of which 'stepping' is the good one.
 
-    'restoring': whatever comes before the first step. 'compiling': the first step of each trace. 'saving': what saving
-    keeps the steps waiting for. 'lost': spent on steps that a resumed run, or one that was rolled back, made again, as
-    far as they were reported.
+    'restoring': all that comes before the first step. 'compiling': the first step of each trace. 'saving': what steps
+    wait for it. 'lost': spent on steps that were reported and that a resumed or rolled back run made again.
     """
 
     def __init__(self):
@@ -32,9 +31,8 @@ class Goodput:
 
     def resume(self, saved: Mapping[str, float], total: float) -> None:
         """Goes back to the `saved` seconds of a checkpoint; whatever a run of `total` seconds did since is lost."""
-        since = max(0.0, total - sum(saved.values()))
         self.seconds = Counter(saved)
-        self.seconds['lost'] += since
+        self.seconds['lost'] += max(0.0, total - sum(saved.values()))
 
     def metrics(self) -> dict[str, float]:
         """'train/secs_<kind>', and 'train/goodput': the part of all seconds that was spent on steps which count."""

@@ -10,10 +10,7 @@ MIN_NORMS = 20  # fewer are not enough to tell what is usual
 
 
 def init_guard(spike_factor: float | None, rollback_after: int | None) -> dict[str, tf.Tensor]:
-    """Scalars: 'mean_norm' float32 and 'norms' int64, how many it is of; 'skips_in_a_row' and 'rollbacks' int64.
-
-    Nothing if both arguments are None.
-    """
+    """Scalars: float32 'mean_norm'; int64 'norms', how many it is of, 'skips_in_a_row', 'rollbacks'. {}: both None."""
     if spike_factor is None and rollback_after is None:
         return {}
     zero = tf.constant(0, tf.int64)
@@ -23,14 +20,11 @@ def init_guard(spike_factor: float | None, rollback_after: int | None) -> dict[s
 def next_guard(guard: dict[str, tf.Tensor], is_finite: tf.Tensor, norm: tf.Tensor, spike_factor: float | None,
                rollback_after: int | None,
                is_excused: tf.Tensor | bool = False) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
-    """(whether the step is taken, the guard after it).
+    """(whether the step is taken, the guard after it), from the guard before it, as `init_guard` gives it.
 
-    Args:
-        guard: what `init_guard` gives.
-        is_finite, norm: of the global gradient, bool and float32 scalars, the same on all replicas.
-        spike_factor: a norm above so many times the usual one is a leap.
-        rollback_after: how many skipped steps in a row are too many.
-        is_excused: bool scalar, whether the step, if it is skipped, is none of them: float16 looks for its loss scale.
+    is_finite, bool, and norm, float32, are scalars of the global gradient, the same on all replicas. A norm above
+    spike_factor times the usual one is a leap. `rollback_after` skipped steps in a row are too many; is_excused, bool,
+    says that this one, if it is skipped, is none of them: float16 looks for its loss scale.
     """
     if not guard:
         return is_finite, {}
@@ -45,7 +39,6 @@ def next_guard(guard: dict[str, tf.Tensor], is_finite: tf.Tensor, norm: tf.Tenso
     norms = guard['norms'] + 1
     weight = tf.maximum(1 - MEAN_DECAY, 1 / tf.cast(norms, tf.float32))
     mean = guard['mean_norm'] + weight * (norm - guard['mean_norm'])
-    return is_taken, {'mean_norm': tf.where(is_taken, mean, guard['mean_norm']),
-                      'norms': tf.where(is_taken, norms, guard['norms']),
-                      'skips_in_a_row': tf.where(is_taken, tf.constant(0, tf.int64), guard['skips_in_a_row'] + counts),
-                      'rollbacks': guard['rollbacks']}
+    taken = guard | {'mean_norm': mean, 'norms': norms, 'skips_in_a_row': tf.constant(0, tf.int64)}
+    skipped = guard | {'skips_in_a_row': guard['skips_in_a_row'] + counts}
+    return is_taken, {name: tf.where(is_taken, taken[name], skipped[name]) for name in guard}

@@ -1,7 +1,4 @@
-"""Training from the first step to the last: the table of contents of the system.
-
-Everything is validated before the workdir is touched; the host is touched once per train.steps_per_loop.
-"""
+"""Training from the first step to the last: the table of contents of the system."""
 import contextlib
 import functools
 import logging
@@ -32,24 +29,20 @@ from trainer.telemetry import Telemetry, eval_line, progress_line, read_json_lin
 def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, train_source: input_pipeline.Source,
           eval_source: input_pipeline.Source | None, train_dataset: Callable[..., tf.data.Dataset],
           eval_dataset: Callable[..., tf.data.Dataset], workdir: Path, fingerprint: Mapping[str, str],
-          write_config: Callable[[Path], None],
-          should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+          write_config: Callable[[Path], None], should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """Trains, evaluates as configured, resumes whatever `workdir` holds, and returns the last tags that were reported.
 
     Without eval_source nothing is evaluated. train_dataset and eval_dataset are input_pipeline's with what the recipe
-    binds. `workdir`, see the README, is made if absent once everything has been checked; then write_config(workdir) is
-    called. `fingerprint` is what a resumed run must have in common with the checkpoint. should_stop is asked after each
-    loop of steps; if any worker's says so, all save and stop.
-    Raises ConfigError: the recipe does not fit the data, the devices or the checkpoint; too many bad examples; numbers
-    that go wrong again and again. StoppedEarly: should_stop said so, and everything is saved. SaveError: nothing could
-    be saved for train.save_retry_secs.
+    binds. Once everything is checked, `workdir` is made if absent, and write_config(workdir) called. A resumed run must
+    have its checkpoint's `fingerprint`. After a loop of steps all save and stop if any worker's should_stop() says so.
+    Raises ConfigError: the recipe does not fit data, devices or checkpoint; too many bad examples; numbers go wrong
+    again and again. StoppedEarly: should_stop() said so, all is saved. SaveError: see train.save_retry_secs.
     """
     started, goodput = time.perf_counter(), Goodput()
     rows, plan = settings.global_batch_size, make_plan(settings, len(train_source), eval_source is not None)
-    last_step = plan.last_step
 
     # ---- What is trained, and from where on ----
-    schedule = settings.schedule(num_steps=plan.num_steps, steps_per_epoch=plan.steps_per_epoch, global_batch_size=rows)
+    rate = settings.schedule(num_steps=plan.num_steps, steps_per_epoch=plan.steps_per_epoch, global_batch_size=rows)
     num_classes = max(source.num_classes for source in (train_source, eval_source) if source is not None)
     model, state, update = build_model_and_state(settings, strategy, num_classes)
     meta = {'fingerprint': {**fingerprint, 'number of training examples': str(len(train_source))},
@@ -68,14 +61,13 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     is_evaluated = any(report['step'] == step and 'eval/top1' in report for report in reports)
     is_eval_due = sum_over_workers(int(is_writer and step > 0 and plan.is_eval_step(step) and not is_evaluated)) > 0
     final = {tag: value for report in reports for tag, value in report.items() if '/' in tag}
-    if step >= last_step and not is_eval_due:
-        logging.info('finished: %s holds step %d of %d; nothing to do', workdir, step, last_step)
+    if step >= plan.last_step and not is_eval_due:
+        logging.info('finished: %s holds step %d of %d; nothing to do', workdir, step, plan.last_step)
         return final
 
     # ---- What runs on the devices ----
     normalize = make_normalize(data.pixel_mean, data.pixel_std)
-    train_loop = make_train_loop(strategy, model, state, settings, normalize=normalize, update_fn=update,
-                                 schedule=schedule)
+    train_loop = make_train_loop(strategy, model, state, settings, normalize=normalize, update_fn=update, schedule=rate)
     make_bad_examples = functools.partial(BadExamples, workdir / 'bad_examples.jsonl', settings.bad_example_budget,
                                           functools.partial(take_turns, strategy, sum_over_workers))
     bad = make_bad_examples(train_source)
@@ -94,7 +86,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     telemetry = Telemetry(workdir if is_writer else None, step)
     saver = Saver(workdir / 'checkpoints' if is_writer else None, state.variables(), settings)
     reported, is_traced = Counter(resumed.get('pending', {})), False
-    logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, last_step, plan.num_steps,
+    logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, plan.last_step, plan.num_steps,
                  plan.steps_per_epoch)
 
     def must_stop() -> bool:  # asked by all workers at the same points, after loops of batches, and answered alike
@@ -106,8 +98,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         started, results = time.perf_counter(), {}
         with goodput.spend('evaluating'):
             for evaluate in evaluators:
-                found = evaluate(must_stop)
-                if found is None:
+                if (found := evaluate(must_stop)) is None:
                     return False
                 results |= found
         final.update(results)
@@ -125,10 +116,10 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     with contextlib.closing(telemetry), Watchdog(strategy, settings.step_timeout_secs) as watchdog:
         goodput.seconds['restoring'] += time.perf_counter() - started
         if must_stop() or is_eval_due and not evaluate_and_keep_best():
-            raise StoppedEarly(f'stopped at step {step} of {last_step}, with nothing new to save')
+            raise StoppedEarly(f'stopped at step {step} of {plan.last_step}, with nothing new to save')
         if state.guard and not resumed:
             save()  # what to go back to if numbers go wrong at once
-        while step < last_step:
+        while step < plan.last_step:
             # One step first, which is traced and compiled and takes its own time.
             until = plan.next_stop(step, settings.steps_per_loop if is_traced else 1)
             started = time.perf_counter()
@@ -162,15 +153,13 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             if step in plan.resizes:
                 batches, is_traced = open_batches(), False  # the loop is traced again, once a size
 
-            metrics = train_metrics(reported, float(schedule(tf.constant(step - 1))))
-            metrics |= goodput.metrics() | bad.metrics()
+            metrics = train_metrics(reported, float(rate(tf.constant(step - 1))))
+            telemetry.progress(progress_line(step=step, num_steps=plan.last_step, metrics=metrics, eta_secs=(
+                plan.last_step - step) * reported['secs'] / reported['steps']), is_lasting=plan.is_report_step(step))
             if plan.is_report_step(step):
-                metrics |= stalls.metrics()
-            if state.loss_scale:
-                metrics['train/loss_scale'] = float(state.loss_scale['loss_scale'].numpy())
-            telemetry.progress(progress_line(step=step, num_steps=last_step, metrics=metrics, eta_secs=(
-                last_step - step) * reported['secs'] / reported['steps']), is_lasting=plan.is_report_step(step))
-            if plan.is_report_step(step):
+                metrics |= goodput.metrics() | bad.metrics() | stalls.metrics()
+                if state.loss_scale:
+                    metrics['train/loss_scale'] = float(state.loss_scale['loss_scale'].numpy())
                 telemetry.report(step, metrics)
                 final.update(metrics)
                 reported = Counter()
@@ -178,13 +167,13 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             is_stopping = must_stop()
             is_evaluated = not plan.is_eval_step(step) or not is_stopping and evaluate_and_keep_best()
             is_stopping = is_stopping or not is_evaluated or plan.is_eval_step(step) and must_stop()
-            is_ending = is_stopping or step == last_step
+            is_ending = is_stopping or step == plan.last_step
             if is_ending or saver.is_due() or step % settings.checkpoint_every_steps == 0:
                 save()
             if is_ending:
                 saver.finish(settings.grace_secs if is_stopping else settings.save_retry_secs)
                 sum_over_workers(0)  # nobody leaves before it is saved
                 logging.info('%s', goodput)
-            if is_stopping and not (step == last_step and is_evaluated):
-                raise StoppedEarly(f'stopped at step {step} of {last_step}, and saved')
+            if is_stopping and not (step == plan.last_step and is_evaluated):
+                raise StoppedEarly(f'stopped at step {step} of {plan.last_step}, and saved')
     return final

@@ -5,12 +5,8 @@ import tensorflow as tf
 def smoothed_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, label_smoothing: float = 0.0) -> tf.Tensor:
     """Cross-entropy in nats, float32 [B], against (1 - s) * one_hot(label) + s / num_classes.
 
+    logits: float32 [B, num_classes]. labels: int32 [B], 0 <= label < num_classes. label_smoothing: s, in [0, 1).
     Source: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7.
-
-    Args:
-        logits: float32 [B, num_classes].
-        labels: int32 [B], 0 <= label < num_classes.
-        label_smoothing: s, in [0, 1).
     """
     log_probabilities = tf.nn.log_softmax(logits)
     loss = -tf.gather(log_probabilities, labels, batch_dims=1)

@@ -1,8 +1,7 @@
 """The command: absl flags -> configuration -> strategy -> mode. Turns a user's mistake into one line and exit code 2.
 
 Exit codes: 0 finished, 1 nothing could be saved for too long, 2 the user's mistake, 42 stopped by a signal and saved,
-75 another worker is lost or a step hangs; anything else is a crash. The same command resumes. stdout carries results
-only; progress and logs go to stderr.
+75 another worker is lost or a step hangs; else a crash. The same command resumes. stdout: results; stderr: all else.
 """
 import json
 import logging
@@ -116,10 +115,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _import_tensorflow() -> None:
-    """Imports TensorFlow and lets it find its devices without the dozen lines its C++ writes to stderr meanwhile.
-
-    They are shown if that fails; TF_CPP_MIN_LOG_LEVEL=0 shows them always.
-    """
+    """Hides the dozen lines its C++ writes to stderr meanwhile, unless it fails or TF_CPP_MIN_LOG_LEVEL is 0."""
     if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') == '0':
         return
     stderr = os.dup(2)
@@ -128,13 +124,12 @@ def _import_tensorflow() -> None:
         try:
             import tensorflow as tf
             tf.config.list_physical_devices()
-        except BaseException:
-            captured.seek(0)
-            os.write(stderr, captured.read())
-            raise
+            captured.truncate(0)
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+            captured.seek(0)
+            os.write(2, captured.read())
 
 
 if __name__ == '__main__':

@@ -7,9 +7,8 @@ SUMS = ('examples', 'loss', 'top1', 'top5')  # what masked_sums counts
 def is_in_top_k(logits: tf.Tensor, labels: tf.Tensor, k: int) -> tf.Tensor:
     """float32 [B]: 1 where fewer than k classes stand before the label.
 
-    A class stands before the label if its logit is larger, or equal with a lower number, as argmax would order them:
-    a network that gives every class the same logit is not right each time. Rows whose logits are not all finite are
-    never right.
+    A class stands before the label if its logit is larger, or equal with a lower number, as argmax orders them: equal
+    logits for all classes are not right each time. Rows whose logits are not all finite are never right.
     """
     own = tf.gather(logits, labels[:, tf.newaxis], batch_dims=1)
     is_lower = tf.range(logits.shape[-1])[tf.newaxis] < labels[:, tf.newaxis]

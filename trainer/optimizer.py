@@ -3,8 +3,7 @@
     init(params) -> slots
     update(grads, slots, params, learning_rate, step) -> (params, slots)
 
-params and grads: {path: float32 tensor}; slots: {slot name: {path: float32 tensor}}. A value out of range or of another
-type raises ConfigError.
+params, grads: {path: float32 tensor}; slots: {slot name: {path: float32 tensor}}. Wrong values raise ConfigError.
 """
 import math
 from collections.abc import Callable
@@ -40,10 +39,8 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
             weight_decay: float = 0.0) -> Optimizer:
     """RMSprop as TensorFlow 1 computes it, under which the MobileNet and EfficientNet recipes were found.
 
-    Weight decay is L2 added to the gradients of kernels. It differs from PyTorch's and Keras' by a mean square of 1 at
-    the start, by epsilon inside the root (PyTorch), and by the rate inside the momentum (PyTorch): what that holds goes
-    on at the rate under which it came in.
-
+    Weight decay is L2, added to kernels' gradients. PyTorch's and Keras' mean square starts at 0, not 1; PyTorch's has
+    epsilon outside the root and the rate outside the momentum, which here goes on at the rate under which it came in.
     Source: Tieleman and Hinton, "Neural Networks for Machine Learning", lecture 6.5, 2012; the kernel ApplyRMSProp of
     TensorFlow with the initial value of tf.compat.v1.train.RMSPropOptimizer; timm's RMSpropTF agrees.
     """
@@ -65,7 +62,6 @@ def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
     """Adam with decoupled weight decay of kernels, as torch.optim.AdamW computes it.
 
     The bias correction counts skipped steps too: it matters in the first steps of a run only.
-
     Source: Kingma and Ba, "Adam", ICLR 2015, algorithm 1; Loshchilov and Hutter, "Decoupled weight decay
     regularization", ICLR 2019, algorithm 2, where the schedule alone scales the decay; here the rate does.
     """
@@ -78,9 +74,7 @@ def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6, w
     The step u of a kernel p, decay included, is scaled by |p| / |u|, which is not clipped, and by 1 if either is 0; all
     else steps as in `adamw`. That only kernels get the ratio is timm's and NVIDIA's choice; the paper gives it to every
     layer. Their clipping of the gradient's global norm to 1 is train.clip_norm = 1.0 here.
-
-    Source: You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", ICLR 2020,
-    algorithm 2; timm's Lamb.
+    Source: You et al., "Large batch optimization for deep learning", ICLR 2020, algorithm 2; timm's Lamb.
     """
     def norm_ratio(p, u):
         p_norm, u_norm = tf.norm(p), tf.norm(u)
@@ -114,20 +108,16 @@ def _adam(name: str, beta_1: float, beta_2: float, epsilon: float, weight_decay:
 def _for_each_parameter(rule: Callable, slots_like: dict[str, Callable]) -> Optimizer:
     """(init, update) from the rule of one parameter p and its gradient g.
 
-    rule(p, g, is_decayed, learning_rate, step, *slots) -> (p, *slots), slots in the order of slots_like, {name:
-    function of p that gives the initial value}.
+    rule(p, g, is_decayed, learning_rate, step, *slots) -> (p, *slots); slots_like: {slot name: p -> initial value}.
     """
     def init(params):
         return {slot: {path: like(p) for path, p in params.items()} for slot, like in slots_like.items()}
 
     def update(grads, slots, params, learning_rate, step):
-        new_params, new_slots = {}, {slot: {} for slot in slots_like}
-        for path, p in params.items():
-            old = [slots[slot][path] for slot in slots_like]
-            new_params[path], *new = rule(p, grads[path], is_decayed(path), learning_rate, step, *old)
-            for slot, value in zip(slots_like, new):
-                new_slots[slot][path] = value
-        return new_params, new_slots
+        stepped = [rule(p, grads[path], is_decayed(path), learning_rate, step, *(slots[s][path] for s in slots_like))
+                   for path, p in params.items()]
+        new_params, *new_slots = (dict(zip(params, tensors)) for tensors in zip(*stepped))
+        return new_params, dict(zip(slots_like, new_slots))
 
     return init, update
 
@@ -148,10 +138,8 @@ def clip_adaptively(grads: Tensors, params: Tensors, clip_factor: float) -> Tens
 
     A unit is what computes one output channel: one of the last axis of a kernel, in a depthwise kernel [k, k, C, 1] one
     of C, and a bias, gamma or beta as a whole. The last layer of params, the classifier, is not clipped.
-
     Source: Brock et al., "High-performance large-scale image recognition without normalization", ICML 2021, section 4,
-    for units and classifier too; timm's clip mode `agc` agrees. clip_factor is the paper's lambda: 0.01 for a batch of
-    4096 and more for smaller ones.
+    for units and classifier too; clip_factor is its lambda: 0.01 for 4096 images, more for fewer. timm's `agc` agrees.
     """
     classifier = list(params)[-1].rsplit('/', 1)[0]
     clipped = {}

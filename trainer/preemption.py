@@ -1,8 +1,4 @@
-"""What ends a run before its time: a signal, or a worker that is lost or hangs.
-
-On a signal all workers save at one step and end with exit code 42. When one of them is lost or hangs, the others say
-which one and end with 75: TensorFlow reports a peer that died as an error of some collective, a hanging one not at all.
-"""
+"""What ends a run before its time: a signal, a lost worker, which TensorFlow reports by an error, or a hanging one."""
 import math
 import os
 import signal
@@ -74,10 +70,7 @@ class StopSignals:
 
 
 class Watchdog:
-    """Ends the process when a peer has not answered, or no call of `heard` has come, for too long.
-
-    Used as a context, which it watches. A worker of 'multi_worker' has strategy.peer_timeout_secs to answer.
-    """
+    """A context that ends the process if a peer has not answered, or no call of `heard` has come, for too long."""
 
     def __init__(self, strategy: tf.distribute.Strategy, step_timeout_secs: float):
         self._strategy, self._step_timeout_secs = strategy, step_timeout_secs

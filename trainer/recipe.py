@@ -21,12 +21,10 @@ def is_number(value: object, minimum: float = -math.inf, below: float = math.inf
 
 
 def _are_stages(value: object) -> bool:
-    if not isinstance(value, tuple | list) or not value or not all(
-            isinstance(pair, tuple | list) and len(pair) == 2 and is_number(pair[0], 0)
-            and is_number(pair[1], 1, kind=int) for pair in value):
-        return False
-    epochs = [epoch for epoch, _ in value]
-    return epochs[0] == 0 and epochs == sorted(set(epochs))
+    pairs = value if isinstance(value, tuple | list) else ()
+    epochs = [pair[0] for pair in pairs if isinstance(pair, tuple | list) and len(pair) == 2 and is_number(pair[0], 0)
+              and is_number(pair[1], 1, kind=int)]
+    return epochs[:1] == [0] and len(epochs) == len(pairs) and epochs == sorted(set(epochs))
 
 
 def _check(settings: object, root: str, *rules: tuple) -> None:
@@ -150,7 +148,5 @@ class Evaluate:
     weights: str = 'raw'  # 'raw' or 'ema'
 
     def __post_init__(self):
-        _check(self, 'evaluate',
-               (lambda v: isinstance(v, str) and v != '', "'latest', 'best' or the path of a checkpoint directory",
-                'checkpoint'),
-               (lambda v: v in ('raw', 'ema'), "'raw' or 'ema'", 'weights'))
+        _check(self, 'evaluate', (lambda v: v in ('raw', 'ema'), "'raw' or 'ema'", 'weights'), (
+            lambda v: isinstance(v, str) and v, "'latest', 'best' or the path of a checkpoint directory", 'checkpoint'))

@@ -1,7 +1,4 @@
-"""What a run starts from: weights, the newest whole checkpoint of the same recipe, or one before numbers went wrong.
-
-Apart from loop.py, whose length it would double, and from checkpoint.py, which knows files and no recipe.
-"""
+"""What a run starts from: weights, the newest whole checkpoint of the same recipe, or one before numbers went wrong."""
 import json
 import logging
 import os
@@ -88,9 +85,8 @@ def roll_back(directory: Path, state: TrainState, settings: Train, step: int) ->
     """After too many skipped steps: back to the newest periodic checkpoint, and on past the examples of those steps.
 
     The step is the checkpoint's, the position that after the last step that counted among the skipped ones, wherever
-    the loop of steps ended. Saves made by the clock or by a signal come at steps that no other run would go back to:
-    one is taken only if there is no periodic one. Returns the checkpoint's meta and, in it, the tags to 'report'.
-    Raises ConfigError: that has been done train.max_rollbacks times already.
+    the loop of steps ended. Without a periodic one, a save made by the clock or by a signal is taken, to which no other
+    run would go back. Returns its meta with the tags to 'report'. Raises ConfigError: train.max_rollbacks are made.
     """
     rollbacks = int(state.guard['rollbacks'].numpy())
     beyond = int(state.guard['skips_in_a_row'].numpy()) - settings.rollback_after
@@ -113,9 +109,8 @@ def roll_back(directory: Path, state: TrainState, settings: Train, step: int) ->
 
 def describe_environment(strategy: tf.distribute.Strategy) -> dict[str, Any]:
     """What bits depend on, apart from the recipe."""
-    cpuinfo = Path('/proc/cpuinfo')
+    cpuinfo, threads = Path('/proc/cpuinfo'), tf.config.threading
     cpu = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
     return {'tensorflow': tf.__version__, 'cpu': cpu[1] if cpu else platform.machine(),
             'num_cpus': len(os.sched_getaffinity(0)), 'num_replicas': strategy.num_replicas_in_sync,
-            'threads': [tf.config.threading.get_inter_op_parallelism_threads(),
-                        tf.config.threading.get_intra_op_parallelism_threads()]}
+            'threads': [threads.get_inter_op_parallelism_threads(), threads.get_intra_op_parallelism_threads()]}

@@ -1,7 +1,4 @@
-"""Saving beside the training: checkpoints are written in a thread, and what fails is tried again.
-
-Apart from checkpoint.py, which knows how one save is made whole, and not what happens when it cannot be.
-"""
+"""Saving beside the training: in a thread, and again where it fails. checkpoint.py knows how one save is made whole."""
 import logging
 import math
 import time
@@ -23,10 +20,9 @@ class SaveError(Exception):
 
 
 class Saver:
-    """Saves the variables of a run, by the names they are stored under, to `directory`.
+    """Saves variables, by the names they are stored under, to `directory`; nothing if None: one of many workers saves.
 
-    Where that is None nothing is saved: of many workers one does. A disk that is full or cannot be written does not
-    stop the training until it has lasted for train.save_retry_secs; then it is a SaveError.
+    A disk that is full or cannot be written stops the training, by a SaveError, only after train.save_retry_secs.
     """
 
     def __init__(self, directory: Path | None, variables: Mapping[str, tf.Variable], settings: Train):

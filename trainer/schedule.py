@@ -1,16 +1,13 @@
 """Learning-rate schedules: factories of f(step) -> float32 scalar; step 0 is the first. Pure maths.
 
 All of them share these arguments:
-    peak_rate: the largest rate, reached at the end of the warmup.
-    num_steps: steps of the whole schedule, warmup included.
-    steps_per_epoch: what turns epochs into steps; it need not be whole.
+    peak_rate, initial_rate: the largest rate, reached at the end of the warmup; that of step 0, where it starts.
+    num_steps: of the whole schedule, warmup included. steps_per_epoch: turns epochs into steps, need not be whole.
     warmup_epochs: length of the warmup, in which the rate rises linearly (Goyal et al. 2017, section 2.2).
-    initial_rate: the rate of step 0, where the warmup starts.
     rate_batch_size: the global batch that the rates are given for. All of them are multiplied by global_batch_size, the
         run's, / rate_batch_size, the linear-scaling rule (Goyal et al. 2017, section 2.1). None: taken as they are.
 
-They raise ConfigError for a warmup that does not end before the schedule does, an initial rate without a warmup, or a
-value that is out of range or no number.
+They raise ConfigError: a warmup not shorter than the schedule, an initial rate without a warmup, or a wrong value.
 """
 import math
 from collections.abc import Callable
@@ -54,20 +51,17 @@ def exponential(peak_rate: float, *, decay_rate: float, decay_epochs: float, num
 
     Epochs are counted from step 0, warmup included, so that the first stairs may lie in the warmup and never show. Each
     stair begins at the step nearest to its place; timm puts it off to the next whole epoch.
-
     Source: Tan and Le, "EfficientNet", ICML 2019, section 5.2 (0.97 every 2.4 epochs); timm's `step` scheduler.
     """
     require(is_number(decay_rate) and 0 < decay_rate <= 1, 'exponential.decay_rate', decay_rate,
             'a number, above 0 and at most 1')
     require(is_number(decay_epochs) and decay_epochs > 0, 'exponential.decay_epochs', decay_epochs, 'a positive number')
 
-    def decay(step: tf.Tensor, progress: tf.Tensor) -> tf.Tensor:
+    stair_steps = decay_epochs * steps_per_epoch
+    return _after_warmup(
         # Half a step is more than float32 loses in the division: no stair is put off by its rounding.
-        stair = tf.floor((step + 0.5) / (decay_epochs * steps_per_epoch))
-        return peak_rate * tf.exp(math.log(decay_rate) * stair)
-
-    return _after_warmup('exponential', decay, num_steps, steps_per_epoch, global_batch_size, peak_rate, warmup_epochs,
-                         initial_rate, rate_batch_size)
+        'exponential', lambda step, _: peak_rate * tf.exp(math.log(decay_rate) * tf.floor((step + 0.5) / stair_steps)),
+        num_steps, steps_per_epoch, global_batch_size, peak_rate, warmup_epochs, initial_rate, rate_batch_size)
 
 
 def constant_rate(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0,
@@ -78,13 +72,9 @@ def constant_rate(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 
                          steps_per_epoch, global_batch_size, peak_rate, warmup_epochs, initial_rate, rate_batch_size)
 
 
-def _after_warmup(name: str, decay: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], num_steps: int, steps_per_epoch: float,
-                  global_batch_size: int | None, peak_rate: float, warmup_epochs: float, initial_rate: float,
-                  rate_batch_size: int | None) -> Rate:
-    """The shared checks, the warmup, and the scale of the batch size.
-
-    `decay` takes the step and its place between the end of the warmup (0) and that of the schedule (1).
-    """
+def _after_warmup(name: str, decay: Callable, num_steps: int, steps_per_epoch: float, global_batch_size: int | None,
+                  peak_rate: float, warmup_epochs: float, initial_rate: float, rate_batch_size: int | None) -> Rate:
+    """The shared checks, warmup and scale; decay(step, progress), from 0 at the warmup's end to 1 at the schedule's."""
     for key, value in {'peak_rate': peak_rate, 'initial_rate': initial_rate, 'warmup_epochs': warmup_epochs}.items():
         require(is_number(value, 0), f'{name}.{key}', value, 'a number, at least 0')
     require(warmup_epochs > 0 or initial_rate == 0, f'{name}.initial_rate', initial_rate,

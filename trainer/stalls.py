@@ -5,13 +5,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-_REMEDIES = {
-    'read': 'a faster disk or, for files far away, train_dataset.shuffle_block',
-    'decode': 'more cores, smaller files, or a smaller train_dataset.image_size',
-    'augment': 'more cores, or another train_dataset.augment',
-    'batch': 'a smaller train_dataset.image_size, or more workers',
-    'copy': 'a smaller train_dataset.image_size, or more workers',
-}
+_REMEDIES = {'read': 'a faster disk or, for files far away, train_dataset.shuffle_block',
+             'decode': 'more cores, smaller files, or a smaller train_dataset.image_size',
+             'augment': 'more cores, or another train_dataset.augment',
+             **dict.fromkeys(['batch', 'copy'], 'a smaller train_dataset.image_size, or more workers')}
 
 
 class Stalls:
@@ -37,9 +34,8 @@ class Stalls:
     def metrics(self) -> dict[str, float]:
         """The worst worker's 'train/worst_data_wait', a part of its time, and 'train/input_<stage>', of its threads'.
 
-        'copy' is what they are idle, as steps that wait all the same wait for what comes behind them: putting batches
-        together and copying them to the device. A sentence says, once for each stage, what makes steps wait. To be
-        called by all workers together.
+        'copy' is what they are idle: steps that wait all the same wait for batches being put together and copied to the
+        device. A sentence says, once for each stage, what makes steps wait. To be called by all workers together.
         """
         with self._lock:
             secs, self._secs = self._secs, Counter()
@@ -52,12 +48,11 @@ class Stalls:
         stage = max(found, key=found.get)
         if wait > 0.05 and stage not in self._said:  # less is not worth saying
             self._said.add(stage)
-            logging.warning(
-                'steps waited for data %.0f %% of their time%s; of that of its %d input threads %s; the input must '
-                'become %.2f times as fast, %s first: %s', 100 * wait,
-                f' on worker {worst}, the worst' if self._num_workers > 1 else '', self._num_threads,
-                ', '.join(f'{name} took {100 * share:.0f} %' for name, share in found.items()), 1 / max(1 - wait, 0.01),
-                stage, _REMEDIES[stage])
+            where = f' on worker {worst}, the worst' if self._num_workers > 1 else ''
+            shares = ', '.join(f'{name} took {100 * share:.0f} %' for name, share in found.items())
+            logging.warning('steps waited for data %.0f %% of their time%s; of that of its %d input threads %s; the '
+                            'input must become %.2f times as fast, %s first: %s', 100 * wait, where, self._num_threads,
+                            shares, 1 / max(1 - wait, 0.01), stage, _REMEDIES[stage])
         return {'train/worst_data_wait': wait} | {f'train/input_{name}': share for name, share in found.items()}
 
     def _value_of(self, worker: int, value: float) -> float:

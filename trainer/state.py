@@ -84,9 +84,8 @@ def build_train_state(model: keras.Model, init_slots: Callable, settings: Train)
 
 def num_logits(model: keras.Model) -> int:
     """How many classes the model tells apart; a subclassed model has no output_shape of its own."""
-    shape = getattr(model, 'output_shape', None) or model.compute_output_spec(
-        keras.KerasTensor((None, None, None, 3))).shape
-    return shape[-1]
+    images = keras.KerasTensor((None, None, None, 3))
+    return (getattr(model, 'output_shape', None) or model.compute_output_spec(images).shape)[-1]
 
 
 def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,

@@ -1,8 +1,4 @@
-"""The training and the evaluation step, and the loops of them that run on the device.
-
-The only file that knows of replicas: strategy.run, all_reduce and jit_compile stand here and nowhere else. A training
-step is two pure functions, forward_backward and update, with one packed all-reduce between them.
-"""
+"""The training and the evaluation step and their loops: only here stand strategy.run, all_reduce and jit_compile."""
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,10 +19,7 @@ Normalize = Callable[[tf.Tensor], tf.Tensor]
 
 
 def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.data.Dataset]) -> Any:
-    """An iterable of global batches, each replica's rows on its device.
-
-    make_dataset, called with shard= and num_shards=, returns this input process' batches of that shard.
-    """
+    """Global batches, each replica's rows on its device; make_dataset(shard=, num_shards=) gives a process its own."""
     def dataset_fn(context: tf.distribute.InputContext) -> tf.data.Dataset:
         num_local = context.num_replicas_in_sync // context.num_input_pipelines
         dataset = make_dataset(shard=context.input_pipeline_id, num_shards=context.num_input_pipelines)
@@ -44,18 +37,15 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], i
         return int
     num_local = len(strategy.extended.worker_devices)
 
-    def replica_value(value):
-        replica = tf.distribute.get_replica_context()
-        own = tf.where(replica.replica_id_in_sync_group % num_local == 0, value, 0)
-        return replica.all_reduce(tf.distribute.ReduceOp.SUM, own)
+    def own_value(value):
+        return tf.where(tf.distribute.get_replica_context().replica_id_in_sync_group % num_local == 0, value, 0)
 
-    values = tf.function(lambda value: strategy.run(replica_value, args=(value,)))
-    return lambda value: int(strategy.experimental_local_results(values(tf.constant(value, tf.int64)))[0])
+    total = tf.function(lambda value: strategy.reduce('SUM', strategy.run(own_value, args=(value,)), axis=None))
+    return lambda value: int(total(tf.constant(value, tf.int64)))
 
 
 def _use_jit(strategy: tf.distribute.Strategy, settings: Train) -> bool:
     """train.jit: 'auto' compiles on GPU and TPU; XLA's depthwise convolution on the CPU is 8 times slower."""
-    # Statistics that are synchronised over replicas are a collective in every layer.
     can_compile = not settings.sync_batch_norm or strategy.num_replicas_in_sync == 1
     if settings.jit is True and not can_compile:
         raise ConfigError('train.jit is True and so is train.sync_batch_norm: XLA cannot compile collectives of '
@@ -132,9 +122,8 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
                     **step_arguments: Any) -> Callable[[Iterator, tf.Tensor], Tensors]:
     """Makes train_loop(iterator, num_steps) -> float32 scalars summed over the steps.
 
-    The sums: 'examples', 'loss', 'top1', 'top5' over examples of steps that were taken, 'seen' over those of all steps;
-    'grad_norm' and 'skipped' over steps; 'data_wait_secs'. step_arguments: those of `make_step` that are not here.
-    Raises ConfigError: XLA cannot compile what the settings ask for.
+    They are metrics.SUMS over examples of steps that were taken, 'seen' over those of all steps; 'grad_norm', 'skipped'
+    over steps; 'data_wait_secs'. step_arguments: `make_step`'s. Raises ConfigError: XLA cannot compile these settings.
     """
     step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync, jit=_use_jit(strategy, settings),
                      **step_arguments)
@@ -172,10 +161,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
 def _make_total(strategy: tf.distribute.Strategy, settings: Train, forward: Callable, params: Variables,
                 batch_stats: Variables, shape: list[int], reduction: str) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
-    """Makes total(iterator, num_batches) -> float64, the sum over batches of what `forward` gives over all replicas.
-
-    forward(params, batch_stats, batch) takes lists of the values that the variables have at the time.
-    """
+    """Makes total(iterator, num_batches) -> float64: forward(params, batch_stats, batch) over replicas and batches."""
     forward = _compile(forward) if _use_jit(strategy, settings) else forward
 
     def replica_step(batch: Tensors) -> tf.Tensor:
@@ -224,9 +210,7 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, set
 
 def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
                    params: Variables, batch_stats: Variables) -> Callable[[Iterator, tf.Tensor], Tensors]:
-    """Makes eval_loop(iterator, num_batches) -> sums over the unmasked rows: 'examples', 'loss', 'top1', 'top5'; and
-    'rows', the number of all rows that are no padding.
-    """
+    """Makes eval_loop(iterator, num_batches) -> metrics.SUMS of the unmasked rows, and 'rows', all but the padding."""
     def forward(params: list[tf.Tensor], batch_stats: list[tf.Tensor], batch: Tensors) -> tf.Tensor:
         images = normalize(batch['image'])
         views = [images, tf.reverse(images, [2])] if settings.eval_flip else [images]

@@ -138,18 +138,15 @@ def _wait_for_all(resolver: tf.distribute.cluster_resolver.ClusterResolver, time
     except OSError as error:
         raise ConfigError(f'worker {own} cannot listen on {addresses[own]}: {error}') from error
     with server:  # until all have come, who then find TensorFlow's own server here
-        while absent := {i for i in absent if not _listens(addresses[i])}:
-            if time.monotonic() > deadline:
+        while absent:
+            for i in sorted(absent):
+                host, _, port = addresses[i].rpartition(':')
+                with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+                    absent.remove(i)
+            if absent and time.monotonic() > deadline:
                 leave(f'{", ".join(f"worker {i} ({addresses[i]})" for i in sorted(absent))} did not come within '
                       f'build_strategy.timeout_secs = {timeout_secs:g}')
             time.sleep(0.1)
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(':')
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
-        return True
-    return False
 
 
 def _build_tpu_strategy(tpu: str) -> tf.distribute.Strategy:

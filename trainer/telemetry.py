@@ -16,10 +16,7 @@ from trainer.exits import show
 
 
 class Telemetry:
-    """Owns the open files of one run. The workdir's files of an earlier run are continued after `resumed_step`.
-
-    Without a workdir it keeps silent: of many workers one reports.
-    """
+    """Owns a run's open files, which continue those in the workdir after `resumed_step`; without a workdir, silent."""
 
     def __init__(self, workdir: Path | None, resumed_step: int, *, clock: Callable[[], float] = time.time,
                  stream: TextIO | None = None):
