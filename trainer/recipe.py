@@ -51,6 +51,9 @@ class Train:
     precision: str = 'float32'  # 'tf32' is float32 whose matrix products round their factors to 10 bits, on GPUs
     all_reduce_dtype: str = 'float32'  # 'bfloat16' halves what gradients cost between devices, and rounds them
     label_smoothing: float = 0.0
+    mixup_alpha: float | None = None  # pairs of images are mixed by a part ~ Beta(alpha, alpha), one for a whole step
+    cutmix_alpha: float | None = None  # the part is the area of a box; with both alphas each takes half of the steps
+    erase_probability: float = 0.0  # of an image to have a rectangle filled with noise
     accumulate: int = 1  # parts that a replica's rows are worked off in; each has batch statistics of its own
     clip_norm: float | None = None  # largest global norm of the gradient, taken after the all-reduce
     adaptive_clip: float | None = None  # largest norm of a unit's gradient, as a part of its parameters' norm
@@ -79,7 +82,9 @@ class Train:
         _check(
             self, 'train',
             (lambda v: is_number(v) and v > 0, 'a positive number', 'epochs', 'eval_every_epochs'),
-            (lambda v: is_number(v) and v > 0, 'None or a positive number', 'clip_norm', 'adaptive_clip'),
+            (lambda v: is_number(v) and v > 0, 'None or a positive number', 'mixup_alpha', 'cutmix_alpha', 'clip_norm',
+             'adaptive_clip'),
+            (lambda v: is_number(v, 0) and v <= 1, 'a number in [0, 1]', 'erase_probability'),
             (lambda v: is_number(v, 1), 'None or a number from 1', 'spike_factor'),
             (lambda v: is_number(v) and v > 0, 'a positive number of seconds', 'grace_secs', 'step_timeout_secs',
              'save_retry_secs'),

@@ -95,10 +95,10 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     Raises ConfigError: a batch that the replicas do not divide, or more classes in the data than in the model.
     """
     replicas, parts, rows = strategy.num_replicas_in_sync, settings.accumulate, settings.global_batch_size
-    if rows % (replicas * parts):
-        times = f' times train.accumulate = {parts}' if parts > 1 else ''
+    if rows % (unit := replicas * parts * (2 if settings.mixup_alpha or settings.cutmix_alpha else 1)):
+        times = f' times train.accumulate = {parts}' * (parts > 1) + ' times 2, for pairs' * (unit > replicas * parts)
         raise ConfigError(f'train.global_batch_size is {rows}; it must be a multiple of the {replicas} replicas{times},'
-                          f' as {max(1, rows // (replicas * parts)) * replicas * parts}')
+                          f' as {max(1, rows // unit) * unit}')
     init_slots, update = settings.optimizer()
     policy = keras.config.dtype_policy()
     keras.utils.set_random_seed(settings.seed)

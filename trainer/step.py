@@ -99,8 +99,9 @@ def make_step(model: keras.Model, settings: Train, *, normalize: Normalize, upda
             return all_reduce(t) / num_replicas if num_replicas > 1 else t
 
         keys = row_keys(settings.seed, step_number, replica_id * rows, rows)
+        step_keys = row_keys(settings.seed, step_number, -2, 2)  # of no row, and the same on all replicas
         grads, new_stats, sums = forward_backward(
-            values.params, values.batch_stats, values.loss_scale, batch, keys,
+            values.params, values.batch_stats, values.loss_scale, batch, keys, step_keys,
             # Synchronised on one replica too, so that any number of them computes the same.
             cross_replica_mean if settings.sync_batch_norm else None)
         if num_replicas > 1:

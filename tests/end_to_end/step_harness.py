@@ -97,7 +97,7 @@ class Trainer:
 
 def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALIZE, precision='float32',
           ema_decay=None, jit=False, sync_batch_norm=False, clip_norm=None, adaptive_clip=None, accumulate=1,
-          optimizer=sgd, all_reduce_dtype='float32', eval_flip=False):
+          optimizer=sgd, all_reduce_dtype='float32', eval_flip=False, **mixing):
     # Strategies of one process use the same keys for their collectives, and fail where these differ in size.
     # TensorFlow's own tests keep them apart in this way; moved on behind it too, for whatever test comes next.
     tf.distribute.MirroredStrategy._collective_key_base += 100_000
@@ -106,7 +106,7 @@ def build(network=small_network, num_replicas=1, *, rows=ROWS, normalize=NORMALI
     settings = Train(epochs=1, global_batch_size=rows, model=network, optimizer=optimizer, schedule=lambda: None,
                      precision=precision, ema_decay=ema_decay, accumulate=accumulate, label_smoothing=LABEL_SMOOTHING,
                      clip_norm=clip_norm, adaptive_clip=adaptive_clip, sync_batch_norm=sync_batch_norm,
-                     all_reduce_dtype=all_reduce_dtype, jit=jit, eval_flip=eval_flip)
+                     all_reduce_dtype=all_reduce_dtype, jit=jit, eval_flip=eval_flip, **mixing)
     model, state, update = build_model_and_state(settings, strategy, CLASSES)
     rng = np.random.default_rng(3)
     for path, variable in state.batch_stats.items():

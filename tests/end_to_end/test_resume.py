@@ -14,7 +14,9 @@ TRAIN_TAGS = {'train/loss', 'train/top1', 'train/learning_rate', 'train/images_p
               'train/grad_norm'}
 EVAL_TAGS = {'eval/loss', 'eval/top1', 'eval/top5', 'eval/examples'}
 # Together with dropout, which is 0.2 in both, everything that could keep a state of its own.
-ONE_DEVICE = ('--gin_param=train.ema_decay=0.9', '--gin_param=train.image_sizes=((0, 24), (1, 32))')
+ONE_DEVICE = ('--gin_param=train.ema_decay=0.9', '--gin_param=train.mixup_alpha=0.4',
+              '--gin_param=train.cutmix_alpha=1.0', '--gin_param=train.erase_probability=0.5',
+              '--gin_param=train.image_sizes=((0, 24), (1, 32))')
 REPLICAS = ("--gin_param=build_strategy.name='mirrored'", '--gin_param=build_strategy.num_devices=2')
 
 
@@ -112,9 +114,9 @@ def test_a_run_that_was_killed_equals_one_that_was_not(runs, interrupted):
 
 def test_image_sizes_are_those_of_their_epochs(runs, tmp_path, start_run):
     """24 pixels for the 5.25 steps of the first epoch, as if the size had been changed by hand."""
-    ema = ONE_DEVICE[0]
-    finish(start_run(tmp_path, ema, '--gin_param=train_dataset.image_size=24', '--gin_param=train.max_steps=5'))
-    finish(start_run(tmp_path, ema, '--gin_param=train.allow_config_change=True'))
+    *others, _ = ONE_DEVICE
+    finish(start_run(tmp_path, *others, '--gin_param=train_dataset.image_size=24', '--gin_param=train.max_steps=5'))
+    finish(start_run(tmp_path, *others, '--gin_param=train.allow_config_change=True'))
     assert_equal_bits(tmp_path, runs['one_device'])
 
 

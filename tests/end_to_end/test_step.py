@@ -114,6 +114,20 @@ def test_four_parts_compute_what_four_replicas_compute(num_replicas, options):
         assert sums[name] == pytest.approx(sums_replicas[name], rel=1e-5)
 
 
+# Mixup, CutMix and random erasing
+
+@pytest.mark.parametrize(('num_replicas', 'options'), [(2, {'accumulate': 2}), (4, {'jit': True})])
+def test_what_is_mixed_and_erased_depends_on_neither_replicas_nor_parts_nor_xla(num_replicas, options):
+    mixing = {'mixup_alpha': 1.0, 'cutmix_alpha': 1.0, 'erase_probability': 0.5}
+    plain, _, _ = one_step(inference(small_network))
+    one, _, sums_one = one_step(inference(small_network), **mixing)
+    some, _, sums = one_step(inference(small_network), num_replicas, **mixing, **options)
+    assert relative_difference(one.gradient(), plain.gradient()) > 0.1
+    assert relative_difference(some.gradient(), one.gradient()) < 1e-5
+    assert sums['loss'] == pytest.approx(sums_one['loss'], rel=1e-5)
+    assert (sums['examples'], sums['top1']) == (ROWS, sums_one['top1'])
+
+
 @pytest.mark.parametrize(('num_replicas', 'flip'), [(1, True), (2, False), (4, False)])
 def test_evaluation_counts_each_example_once(num_replicas, flip):
     trainer = build(num_replicas=num_replicas, eval_flip=flip)

@@ -20,6 +20,7 @@ LEFT_OUT = {'train.max_steps': '5', 'train.steps_per_loop': '5', 'train.jit': 'T
             'build_strategy.num_devices': '2', 'build_strategy.op_threads': '1', 'build_strategy.timeout_secs': '5',
             'evaluate.checkpoint': "'best'", 'evaluate.weights': "'ema'"}
 TAKEN_IN = {'train.seed': '1', 'train.epochs': '90', 'train.global_batch_size': '64', 'train.label_smoothing': '0.2',
+            'train.mixup_alpha': '0.2', 'train.cutmix_alpha': '1.0', 'train.erase_probability': '0.2',
             'train.clip_norm': '1.0', 'train.adaptive_clip': '0.01', 'train.ema_decay': '0.999',
             'train.rollback_after': '5', 'train.initial_weights': "'a.npz'",
             'train.precision': "'mixed_bfloat16'", 'train.all_reduce_dtype': "'bfloat16'",

@@ -21,6 +21,9 @@ WRONG_TRAIN = {
     'precision': (['float16', 'bfloat16', None, 16], "'float32', 'tf32', 'mixed_bfloat16' or 'mixed_float16'"),
     'all_reduce_dtype': (['float16', 'half', None, 16], "'float32' or 'bfloat16'"),
     'label_smoothing': ([-0.1, 1, 1.0, '0.1', None, float('nan')], 'at least 0 and below 1'),
+    'mixup_alpha': ([0, -0.2, '0.2', True, float('nan')], 'None or a positive number'),
+    'cutmix_alpha': ([0, -1, '1', True, float('inf')], 'None or a positive number'),
+    'erase_probability': ([-0.1, 1.1, '0.2', None, True, float('nan')], 'a number in [0, 1]'),
     'accumulate': ([0, -1, 2.0, '2', None, True], 'a positive integer'),
     'clip_norm': ([0, -1.0, '1', True], 'None or a positive number'),
     'adaptive_clip': ([0, -0.01, '0.01', True, float('inf')], 'None or a positive number'),
@@ -106,6 +109,7 @@ def test_a_model_is_no_factory_of_models():
      {'label_smoothing': 0}, {'label_smoothing': 0.999}, {'clip_norm': 1}, {'adaptive_clip': 0.01}, {'ema_decay': 0.0},
      {'ema_decay': 0.9999},
      {'checkpoint_every_secs': 0}, {'checkpoint_every_secs': 0.5}, {'eval_every_epochs': 0.25},
+     {'mixup_alpha': 0.2, 'cutmix_alpha': 1}, {'erase_probability': 1}, {'erase_probability': 0},
      {'image_sizes': ((0, 64),)}, {'image_sizes': ((0, 32), (2.5, 64))}],
 )
 def test_right_values_are_taken(right):
