@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from trainer.main import _import_tensorflow
+from trainer.main import import_tensorflow
 
 
 def _stop(*_) -> None:
@@ -40,7 +40,7 @@ def _stop(*_) -> None:
 if __name__ == '__main__':  # before what takes seconds
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-_import_tensorflow()  # without what it writes to stderr
+import_tensorflow()  # without what it writes to stderr
 import tensorflow as tf  # noqa: E402
 
 from input_pipeline import DataError, Source, open_source  # noqa: E402
@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
 
 
 def _run(target: Path, split: str) -> None:
-    source = open_source(_FLAGS.name, _FLAGS.data_dir, split)
+    data_dir = _FLAGS.data_dir if '://' in _FLAGS.data_dir else os.path.realpath(os.path.expanduser(_FLAGS.data_dir))
+    source = open_source(_FLAGS.name, data_dir, split)
     size, count = len(source), _FLAGS.num_shards or min(len(source), max(16, -(-len(source) // 1250)))
     if count > size or '://' in _FLAGS.target_dir:
         raise DataError(f'--num_shards={count} must be at most {size}, the number of examples, and '
@@ -83,8 +84,8 @@ def _run(target: Path, split: str) -> None:
     if not _FLAGS.verify:
         target.mkdir(parents=True, exist_ok=True)
     with open(target / f'{split}.reencode.json', 'r' if _FLAGS.verify else 'a+') as file:
-        _claim(file, {key: _FLAGS[key].value for key in ('name', 'data_dir', 'split', 'short_side', 'quality')}
-               | {'num_examples': size, 'num_shards': count})
+        _claim(file, {key: _FLAGS[key].value for key in ('name', 'split', 'short_side', 'quality')}
+               | {'data_dir': data_dir, 'num_examples': size, 'num_shards': count})
         missing = {path: indices for path, indices in shards.items() if not (_FLAGS.verify or path.exists())}
         _in_threads(lambda *shard: _write(source, *shard), missing)
         os.utime(next(iter(shards)))  # makes the reader index anew, where it would rely on checksums it saw before

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         return _fail(str(error).replace('\n', ' '))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(message)s', force=True)
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS' own progress is of no use to the reader
-    _import_tensorflow()
+    import_tensorflow()
     from input_pipeline import DataError
     from trainer.exits import EXIT_STOPPED
     from trainer.preemption import StoppedEarly, StopSignals
@@ -114,8 +114,11 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _import_tensorflow() -> None:
-    """Hides the dozen lines its C++ writes to stderr meanwhile, unless it fails or TF_CPP_MIN_LOG_LEVEL is 0."""
+def import_tensorflow() -> None:
+    """Imports TensorFlow and finds its devices, without the dozen lines that its C++ writes to stderr meanwhile.
+
+    They are shown if that fails; TF_CPP_MIN_LOG_LEVEL=0 shows them always.
+    """
     if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') == '0':
         return
     stderr = os.dup(2)

@@ -1,4 +1,7 @@
-"""The training and the evaluation step and their loops: only here stand strategy.run, all_reduce and jit_compile."""
+"""The training and the evaluation step and their loops: only here stand strategy.run, all_reduce and jit_compile.
+
+A training step is two pure functions, forward_backward and update, with one packed all-reduce between them.
+"""
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -256,3 +256,11 @@ def test_the_same_pixels_for_any_shards_and_after_a_resume(photo, make):
         np.testing.assert_array_equal([np.concatenate(parts) for parts in zip(*shards)], whole[:6])
     np.testing.assert_array_equal(train(7, start_position=8 * 5), whole[5:])
     np.testing.assert_array_equal(train(1, start_position=37, global_batch_size=20)[0], np.concatenate(whole)[37:57])
+
+
+@pytest.mark.parametrize('make', [
+    lambda: augment.make_rand_augment(magnitude=11), lambda: augment.make_rand_augment(magnitude_std=-0.5),
+    lambda: augment.make_rand_augment(num_layers=0), lambda: augment.make_color_jitter(contrast=-0.1)])
+def test_values_out_of_range_are_refused_where_they_are_given(make):
+    with pytest.raises(ValueError, match='must'):
+        make()
