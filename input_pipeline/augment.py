@@ -12,9 +12,9 @@ import numpy as np
 
 def make_rand_augment(magnitude: float = 9, magnitude_std: float = 0.5, num_layers: int = 2) -> Callable:
     """RandAugment (Cubuk et al., 2020) as timm's rand-m9-mstd0.5: any of 15 operations, each by a chance of 0.5."""
-    if not (0 <= magnitude <= 10 and magnitude_std >= 0 and num_layers >= 1):
+    if not (0 <= magnitude <= 10 and 0 <= magnitude_std < np.inf and num_layers in range(1, 100)):
         raise ValueError(f'rand_augment: magnitude ({magnitude}) must be in 0..10, magnitude_std ({magnitude_std}) at '
-                         f'least 0, and num_layers ({num_layers}) at least 1')
+                         f'least 0, and num_layers ({num_layers}) an integer from 1')
     names = [name for name in (*_TABLES, *_BY_HISTOGRAM, *_ENHANCE, *_AFFINE) if name != 'PosterizeOriginal']
     return _make(lambda rng: [(names[int(rng.random() * 15)], 0.5,
                                min(max(rng.normal(magnitude, magnitude_std), 0), 10)) for _ in range(num_layers)])
@@ -27,8 +27,8 @@ def make_auto_augment() -> Callable:
 
 def make_color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4) -> Callable:
     """torchvision's ColorJitter: all three in random order, by factors uniform in [max(0, 1 - x), 1 + x]."""
-    if min(brightness, contrast, saturation) < 0:
-        raise ValueError(f'color_jitter: {(brightness, contrast, saturation)} must all be at least 0')
+    if not all(0 <= x < np.inf for x in (brightness, contrast, saturation)):
+        raise ValueError(f'color_jitter: {(brightness, contrast, saturation)} must be numbers, at least 0')
     ranges = [(name, max(0.0, 1 - x), 1 + x) for name, x in zip(_ENHANCE, (brightness, contrast, saturation))]
     return _make(lambda rng: [(name, 1.0, (rng.uniform(low, high) - 0.1) / 0.18)  # the level that has this factor
                               for name, low, high in (ranges[i] for i in rng.random(3).argsort())])

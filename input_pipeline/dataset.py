@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from input_pipeline import order, threads
 from input_pipeline.preprocess import Crop, decode, make_center_crop, make_random_resized_crop
+from input_pipeline.sources.idx import encode_png
 from input_pipeline.sources.source import Source
 
 _PART = 16  # examples that one thread reads and decodes in one go
@@ -56,6 +57,11 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
         return augment(image, rng) if augment else image
 
     stages = {'decode': lambda encoded, rng: crop(encoded, rng, image_size), 'augment': change}
+    black, rng = encode_png(np.zeros([image_size, image_size, 3], np.uint8)), np.random.default_rng(0)
+    try:  # now, not in some thread
+        change(stages['decode'](black, rng), rng)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'train_dataset.crop or augment fails; is it a reference without ()? {error}') from error
     return _make_dataset(source, batches, examples, stages, image_size, -(-_PART // shuffle_block) * shuffle_block,
                          on_bad, on_times)
 
@@ -134,6 +140,8 @@ def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, 
                     images[row] = image
                     laps.append(('batch', time.perf_counter()))
                 except ValueError:
+                    if stage != 'decode':
+                        raise
                     mask[row] = 0.0
                     if on_bad is not None:
                         on_bad(int(positions[row]), int(indices[row]))

@@ -9,10 +9,11 @@ The shorter side becomes --short_side, the longer one is in proportion, rounded 
 which averages where it shrinks (antialiasing): evaluation does just that, and eval_dataset.resize = 256 takes pixels of
 a set of 256 as they are. JPEGs are 4:2:0. One that is no larger stays byte for byte; so does what cannot be decoded,
 which the trainer masks. A shard gets its name when it is whole, and the same command goes on where it was stopped. At
-the end all is read back beside the source: checksums, images, sizes, labels. --verify does that alone.
+the end all is read back beside the source: checksums, that images decode, sizes, labels. --verify does that alone.
 
 Exit codes: 0 done; 2 the user's mistake, or a damaged shard; 42 stopped by SIGTERM or SIGINT, whole shards are kept.
 """
+import contextlib
 import fcntl
 import io
 import json
@@ -45,6 +46,7 @@ import tensorflow as tf  # noqa: E402
 
 from input_pipeline import DataError, Source, open_source  # noqa: E402
 from input_pipeline.preprocess import decode  # noqa: E402
+from trainer.checkpoint import flush  # noqa: E402
 
 _FLAGS = flags.FlagValues()  # its own: the trainer's are of no use here
 flags.DEFINE_string('name', None, 'The data source, as data.name.', _FLAGS, required=True)
@@ -54,7 +56,7 @@ flags.DEFINE_string('target_dir', None, 'Local directory to write to; splits may
 flags.DEFINE_integer('short_side', 256, 'Pixels of the shorter side.', 32, None, _FLAGS)
 flags.DEFINE_integer('quality', 90, 'Of the JPEGs.', 1, 100, _FLAGS)
 flags.DEFINE_integer('num_shards', None, 'One keeps a core busy. Default: size / 1250, at least 16.', 1, 99_999, _FLAGS)
-flags.DEFINE_bool('verify', False, 'Write nothing; check what was written.', _FLAGS)
+flags.DEFINE_bool('verify', False, 'Only check what was written.', _FLAGS)
 
 
 def main(argv: list[str]) -> int:
@@ -88,8 +90,12 @@ def _run(target: Path, split: str) -> None:
                | {'data_dir': data_dir, 'num_examples': size, 'num_shards': count})
         missing = {path: indices for path, indices in shards.items() if not (_FLAGS.verify or path.exists())}
         _in_threads(lambda *shard: _write(source, *shard), missing)
-        os.utime(next(iter(shards)))  # makes the reader index anew, where it would rely on checksums it saw before
-        written = open_source('tfrecord', str(target), split)
+        with contextlib.suppress(OSError):  # of shards that may only be read
+            os.utime(next(iter(shards)))  # makes the reader index anew, where it would rely on checksums it saw before
+        try:
+            written = open_source('tfrecord', str(target), split)
+        except DataError as error:
+            raise DataError(f'{error}; delete what is damaged and run without --verify') from error
         if written[0][1] != source[0][1]:  # the reader tells from the labels alone where they begin
             raise DataError(f'{target}: no example has class 0, and labels would be taken to count from 1; re-encode a '
                             "'train' split that has one into the same directory, then run this again")
@@ -105,7 +111,7 @@ def _claim(file: io.TextIOBase, parameters: dict[str, str | int]) -> None:
     except (BlockingIOError, ValueError) as error:
         raise DataError(f'{file.name} is damaged, or another process is at work on this split: {error}') from error
     changed = [f'{key} {was.get(key)!r}, not {now!r}' for key, now in parameters.items() if was.get(key) != now]
-    if changed and (was or any(path.name.startswith(f'{_FLAGS.split}-') for path in Path(file.name).parent.iterdir())):
+    if changed and (was or any(Path(file.name).parent.glob(f'{_FLAGS.split}-{5 * "[0-9]"}-of-*'))):
         raise DataError(f'{file.name}: the shards there have {", ".join(changed)}; take those, or another --target_dir')
     if not was:
         print(json.dumps(parameters), file=file, flush=True)
@@ -133,7 +139,9 @@ def _write(source: Source, path: Path, indices: np.ndarray) -> Counter:
                             'image/class/label': tf.train.Feature(int64_list=tf.train.Int64List(value=[label]))}
                 writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
                 counts.update({'images': 1, 'kept': image == original, 'bytes': len(image), 'before': len(original)})
+    flush(partial)  # on the disk before it has its name
     partial.rename(path)
+    flush(path.parent)
     return counts
 
 

@@ -50,12 +50,12 @@ def save(directory: Path, step: int, values: Mapping[str, Any], meta: Mapping[st
         if final.exists():  # the same step again after a fall back: what is there was damaged or is equal
             shutil.rmtree(final)
         aside.rename(final)
-        _flush(directory)
+        flush(directory)
         pointer = directory / '.writing-pointer'
         pointer.write_text(f'model_checkpoint_path: "{final.name}/state"\n')
-        _flush(pointer)
+        flush(pointer)
         pointer.rename(directory / 'checkpoint')
-        _flush(directory)
+        flush(directory)
     except (OSError, tf.errors.OpError):
         shutil.rmtree(aside, ignore_errors=True)  # or half of it would keep a full disk full
         raise
@@ -76,7 +76,7 @@ def _write(aside: Path, step: int, values: Mapping[str, Any], meta: Mapping[str,
     meta['sha256']['meta.json'] = _sha256_of_meta(meta)
     (aside / 'meta.json').write_text(json.dumps(meta, indent=1))
     for path in [*aside.iterdir(), aside]:
-        _flush(path)
+        flush(path)
 
 
 def remove_after(directory: Path, step: int) -> None:
@@ -154,7 +154,8 @@ def _sha256_of_meta(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**meta, 'sha256': others}, sort_keys=True).encode()).hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Puts a file, or what a directory lists, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

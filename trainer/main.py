@@ -115,10 +115,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow and finds its devices, without the dozen lines that its C++ writes to stderr meanwhile.
-
-    They are shown if that fails; TF_CPP_MIN_LOG_LEVEL=0 shows them always.
-    """
+    """Imports TensorFlow without the lines its C++ writes to stderr, unless it fails or TF_CPP_MIN_LOG_LEVEL is 0."""
     if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') == '0':
         return
     stderr = os.dup(2)
@@ -127,7 +124,7 @@ def import_tensorflow() -> None:
         try:
             import tensorflow as tf
             tf.config.list_physical_devices()
-            captured.truncate(0)
+            captured.truncate(captured.seek(0))
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)

@@ -77,7 +77,7 @@ def _stay(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Normalize:
-    """uint8 [B, H, W, 3] -> float32, (value / 255 - mean) / std for each of R, G, B."""
+    """Pixels in 0..255, [B, H, W, 3] -> float32, (value / 255 - mean) / std for each of R, G, B."""
     scale = [1 / (255 * std) for std in pixel_std]
     offset = [-mean / std for mean, std in zip(pixel_mean, pixel_std, strict=True)]
     return lambda images: tf.cast(images, tf.float32) * scale + offset

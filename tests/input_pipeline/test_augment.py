@@ -260,7 +260,8 @@ def test_the_same_pixels_for_any_shards_and_after_a_resume(photo, make):
 
 @pytest.mark.parametrize('make', [
     lambda: augment.make_rand_augment(magnitude=11), lambda: augment.make_rand_augment(magnitude_std=-0.5),
-    lambda: augment.make_rand_augment(num_layers=0), lambda: augment.make_color_jitter(contrast=-0.1)])
+    lambda: augment.make_rand_augment(num_layers=0), lambda: augment.make_rand_augment(num_layers=1.5),
+    lambda: augment.make_color_jitter(contrast=-0.1), lambda: augment.make_color_jitter(saturation=float('nan'))])
 def test_values_out_of_range_are_refused_where_they_are_given(make):
     with pytest.raises(ValueError, match='must'):
         make()

@@ -233,6 +233,16 @@ def test_an_undecodable_example_is_black_in_its_place_and_the_others_stay(folder
     np.testing.assert_array_equal(bad['image'][~is_bad], good['image'][~is_bad])
 
 
+def test_an_augmentation_that_fails_on_some_images_does_not_pass_for_bad_examples(source):
+    def augment(image, rng):
+        if image.any():  # not on the black one it is tried on
+            raise ValueError('wrong shape')
+        return image
+
+    with pytest.raises(tf.errors.OpError, match='wrong shape'):
+        train(source, 1, augment=augment)
+
+
 def test_a_file_that_vanished_is_named(folders):
     source = folders[0]
     os.remove(source.where(7))
@@ -243,7 +253,10 @@ def test_a_file_that_vanished_is_named(folders):
 @pytest.mark.parametrize(('options', 'words'), [
     ({'global_batch_size': 6, 'num_shards': 4}, 'global_batch_size (6)'),
     ({'global_batch_size': 0}, 'global_batch_size (0)'),
-    ({'shard': 2, 'num_shards': 2}, 'shard (2)'), ({'seed': -1}, 'seed (-1)'), ({'start_position': -8}, '(-8)')])
+    ({'shard': 2, 'num_shards': 2}, 'shard (2)'), ({'seed': -1}, 'seed (-1)'), ({'start_position': -8}, '(-8)'),
+    *(({'augment': make}, 'without ()') for make in (input_pipeline.make_rand_augment, input_pipeline.make_auto_augment,
+                                                     input_pipeline.make_color_jitter)),
+    ({'crop': input_pipeline.make_random_shift}, 'without ()')])
 def test_wrong_arguments_are_told(source, options, words):
     with pytest.raises(ValueError) as error:
         train(source, 1, **options)
