@@ -244,18 +244,21 @@ def test_color_jitter_is_pil_enhancing_thrice(photo, monkeypatch):
 def test_the_same_pixels_for_any_shards_and_after_a_resume(photo, make):
     source = input_pipeline.array_source(np.stack([photo(seed, 40, 52) for seed in range(37)]), np.arange(37) % 5)
 
-    def train(num_batches, **options):
+    def train(num_batches, source=source, **options):
         options = {'global_batch_size': 8, 'image_size': 24, 'seed': 3, 'augment': make()} | options
         batches = itertools.islice(input_pipeline.train_dataset(source, **options), num_batches)
         return [batch['image'].numpy() for batch in batches]
 
-    whole, plain = train(12), train(12, augment=None)
-    assert (np.concatenate(whole) != np.concatenate(plain)).any(axis=(1, 2, 3)).mean() > 0.5
-    for num_shards in (2, 4):
-        shards = [train(6, shard=shard, num_shards=num_shards) for shard in range(num_shards)]
-        np.testing.assert_array_equal([np.concatenate(parts) for parts in zip(*shards)], whole[:6])
-    np.testing.assert_array_equal(train(7, start_position=8 * 5), whole[5:])
-    np.testing.assert_array_equal(train(1, start_position=37, global_batch_size=20)[0], np.concatenate(whole)[37:57])
+    plain = train(12, augment=None)
+    for again, options in ((source, {}), (source.cached(), {'shuffle_block': 2})):  # with all that can be switched on
+        whole = train(12, **options)
+        assert (np.concatenate(whole) != np.concatenate(plain)).any(axis=(1, 2, 3)).mean() > 0.5
+        for num_shards in (2, 4):
+            shards = [train(6, again, shard=shard, num_shards=num_shards, **options) for shard in range(num_shards)]
+            np.testing.assert_array_equal([np.concatenate(parts) for parts in zip(*shards)], whole[:6])
+        np.testing.assert_array_equal(train(7, again, start_position=8 * 5, **options), whole[5:])
+        np.testing.assert_array_equal(train(1, again, start_position=37, global_batch_size=20, **options)[0],
+                                      np.concatenate(whole)[37:57])
 
 
 @pytest.mark.parametrize('make', [
