@@ -1,7 +1,7 @@
 """Encoded image -> uint8 pixels of the size the network takes, on the host.
 
-A crop is `crop(encoded, rng, image_size) -> uint8 [image_size, image_size, 3]` of bytes and the example's own
-generator, from which all its randomness comes. It raises ValueError where the image cannot be decoded.
+A crop is `crop(encoded, rng, out)`, which fills `out`, uint8 [S, S, 3], its place in the batch, from bytes and the
+example's own generator, whence all its randomness comes. It raises ValueError where the image cannot be decoded.
 
 simplejpeg, OpenCV and Pillow do the work, not TensorFlow's operations: they are half again as fast, Pillow's resampling
 is the one behind the published accuracies, and all let other threads run meanwhile.
@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin
 
-Crop = Callable[[bytes, np.random.Generator, int], np.ndarray]
+Crop = Callable[[bytes, np.random.Generator, np.ndarray], None]
 
 MAX_PIXELS = 2 * 1024**3 // 4 // 3  # more is taken for a decompression bomb: twice what Pillow begins to warn of
 DECODERS = {b'\xff\xd8\xff': JpegImagePlugin.JpegImageFile, b'\x89PNG': PngImagePlugin.PngImageFile,
@@ -35,15 +35,15 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0),
 
     `scale` is the range of the part's area as a fraction of the image's, uniform; `ratio` that of its width / height
     before the resize, which is bilinear, log-uniform. Not antialiased, unlike PIL's, but a part at least two,
-    four or eight times as large as `image_size` is decoded at that fraction of its size, which averages pixels. As
+    four or eight times as large as `out` is decoded at that fraction of its size, which averages pixels. As
     NVIDIA's DALI does, JPEGs of one scan are decoded without smoothing chroma.
     """
-    def crop(encoded, rng, image_size):
+    def crop(encoded, rng, out):
         uniform = rng.random(22).tolist()
         if header := _read_simple_jpeg_header(encoded):
             height, width, height_at = header
             window = crop_window(uniform, height, width, scale, ratio)
-            factor = next((f for f in (8, 4, 2) if min(window[2:]) >= f * image_size), 1)
+            factor = next((f for f in (8, 4, 2) if min(window[2:]) >= f * len(out)), 1)
             # A decoder that is told to skip what lies below still takes the time to read it, so that it is told of an
             # image that ends there: a little later, for what is smoothed across rows.
             height = min(height, window[0] + window[2] + 8)
@@ -55,7 +55,7 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0),
             image = decode(encoded)
             window = crop_window(uniform, *image.shape[:2], scale, ratio)
         top, left, height, width = window
-        return cv2.resize(image[top:top + height, left:left + width], (image_size, image_size))
+        cv2.resize(image[top:top + height, left:left + width], out.shape[:2], out)
 
     return crop
 
@@ -80,12 +80,12 @@ def crop_window(uniform: Sequence[float], height: int, width: int, scale: tuple[
 
 def make_random_shift(max_shift: int = 2) -> Crop:
     """The whole image, moved by up to `max_shift` pixels each way over black, then resized; for small images."""
-    def crop(encoded, rng, image_size):
+    def crop(encoded, rng, out):
         image = decode(encoded)
         height, width = image.shape[:2]
         padded = cv2.copyMakeBorder(image, *[max_shift] * 4, cv2.BORDER_CONSTANT)
         top, left = (int(draw * (2 * max_shift + 1)) for draw in rng.random(2))
-        return cv2.resize(padded[top:top + height, left:left + width], (image_size, image_size))
+        cv2.resize(padded[top:top + height, left:left + width], out.shape[:2], out)
 
     return crop
 
@@ -98,16 +98,16 @@ def make_center_crop(resize: int = 256, interpolation: str = 'bicubic', dct_scal
     """
     kernel = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}[interpolation]
 
-    def crop(encoded, _, image_size):
+    def crop(encoded, _, out):
         with _opened(encoded) as image:
             # As torchvision rounds: the longer side down, the offset of the crop to the nearest, halves to even.
             resized = [resize * side // min(image.size) for side in image.size]
-            starts = [round((side - image_size) / 2) for side in resized]
+            starts = [round((side - len(out)) / 2) for side in resized]
             if dct_scaling:
                 image.draft('RGB', resized)
-            box = [min(size, (start + edge) * size / side) for edge in (0, image_size)
+            box = [min(size, (start + edge) * size / side) for edge in (0, len(out))
                    for start, side, size in zip(starts, resized, image.size)]
-            return np.asarray(image.convert('RGB').resize((image_size, image_size), kernel, tuple(box)))
+            out[:] = np.asarray(image.convert('RGB').resize(out.shape[:2], kernel, tuple(box)))
 
     return crop
 

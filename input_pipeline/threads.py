@@ -1,12 +1,12 @@
 """The threads that read and decode, one for each core the process may use; they are done before the interpreter is."""
 import atexit
-import concurrent.futures
 import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 
-_POOL = concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), 'input')
+_POOL = ThreadPoolExecutor(len(os.sched_getaffinity(0)), 'input')
 _callers = []  # an entry for each thread of tf.data's in for_each
 
 
@@ -18,9 +18,8 @@ def for_each(function: Callable[[int], None], items: Iterable[int]) -> None:
     _callers.append(None)
     futures = []
     with contextlib.suppress(RuntimeError):  # only the interpreter closes the pool, when it exits
-        for item in items:
-            futures.append(_POOL.submit(function, item))
-    concurrent.futures.wait(futures)
+        futures.extend(_POOL.submit(function, item) for item in items)
+    wait(futures)
     _callers.pop()
     for future in futures:
         future.result()

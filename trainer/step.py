@@ -2,6 +2,7 @@
 
 A training step is two pure functions, forward_backward and update, with one packed all-reduce between them.
 """
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.strategy import has_accelerator, is_multi_worker
 from trainer.update import make_update
 
 Normalize = Callable[[tf.Tensor], tf.Tensor]
+_compile = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 
 def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.data.Dataset]) -> Any:
@@ -65,10 +67,6 @@ def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any, 
     parts = tf.split(tf.cast(all_reduce(tf.concat(rows, axis=0)), tf.float32), [r.shape[0] for r in rows])
     return tf.nest.pack_sequence_as(tree, [tf.reshape(tf.reshape(part, [-1])[:t.shape.num_elements()], t.shape)
                                            for part, t in zip(parts, tensors, strict=True)])
-
-
-def _compile(function: Callable) -> Callable:
-    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def _stay(tensor: tf.Tensor) -> tf.Tensor:
