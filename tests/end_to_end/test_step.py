@@ -23,6 +23,8 @@ from step_harness import (
     whole_network,
 )
 
+from ghostnet.layers import ConvBN
+from trainer.optimizer import adamw, lamb, rmsprop, sgd
 from trainer.step import distribute, make_estimate_loop, make_eval_loop
 
 # Replicas
@@ -112,6 +114,22 @@ def test_four_parts_compute_what_four_replicas_compute(num_replicas, options):
     assert (sums['examples'], sums['top1']) == (ROWS, sums_replicas['top1'])
     for name in ('loss', 'grad_norm'):
         assert sums[name] == pytest.approx(sums_replicas[name], rel=1e-5)
+
+
+def large_network():
+    """10 million parameters: more than TensorFlow's planning of memory takes to be there on a CPU."""
+    images = keras.Input((None, None, 3))
+    x = keras.layers.GlobalAveragePooling2D()(ConvBN(8, 3, 2, name='stem')(images))
+    for i in range(2):
+        x = keras.layers.Dense(3000, activation='relu', name=f'dense{i}')(x)
+    return keras.Model(images, keras.layers.Dense(CLASSES, dtype='float32', name='classifier')(x))
+
+
+@pytest.mark.parametrize('optimizer', [sgd, adamw, lamb, rmsprop])
+def test_parts_of_a_large_network_train_step_after_step(optimizer):
+    trainer = build(large_network, optimizer=optimizer, accumulate=2)
+    for _ in range(3):
+        assert np.isfinite(trainer.run(make_batch(), make_batch(1))['loss'])
 
 
 # Mixup, CutMix and random erasing
