@@ -124,7 +124,7 @@ def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, 
 
         def read_part(start):
             laps = [('', time.perf_counter())]
-            # A thread has to ask for Intel's kernels: twice as fast, and rounded; OpenCV's are 0.12 levels too dark.
+            # A thread has to ask for Intel's resize: twice as fast, and rounded; OpenCV's own is 0.12 levels too dark.
             cv2.ipp.setUseIPP_NotExact(True)
             chosen = start + np.flatnonzero(indices[start:start + part_rows] >= 0)
             encoded, labels[chosen] = source.read(indices[chosen])

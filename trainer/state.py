@@ -104,7 +104,7 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.precision.replace('tf32', 'float32'))
     tf.config.experimental.enable_tensor_float_32_execution(settings.precision == 'tf32')  # TensorFlow's default: yes
-    # It joins sums of a large network to temporary variables, and leaves them behind in the loop over parts.
+    # Or Grappler joins sums of a large network into temporary variables, and leaves those behind in loops over parts.
     tf.config.optimizer.set_experimental_options({'arithmetic_optimization': False})
     try:
         with strategy.scope():
