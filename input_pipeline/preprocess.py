@@ -45,16 +45,16 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0),
             window = crop_window(uniform, height, width, scale, ratio)
             factor = next((f for f in (8, 4, 2) if min(window[2:]) >= f * len(out)), 1)
             # A decoder that is told to skip what lies below still takes the time to read it, so that it is told of an
-            # image that ends there: a little later, for what is smoothed across rows.
-            height = min(height, window[0] + window[2] + 8)
+            # image that ends there: no pixel depends on those below its block, as nothing is smoothed.
+            height = min(height, window[0] + window[2] + factor - 1)  # where the rounding below may end
+            view = memoryview(encoded)
             image = simplejpeg.decode_jpeg(  # strict minds the rest behind the end
-                b''.join((encoded[:height_at], height.to_bytes(2), encoded[height_at + 2:])), fastupsample=True,
+                b''.join((view[:height_at], height.to_bytes(2), view[height_at + 2:])), fastupsample=True,
                 min_height=-(-height // factor), min_width=-(-width // factor), strict=False)
-            window = [round(side / factor) for side in window]
         else:
-            image = decode(encoded)
+            image, factor = decode(encoded), 1
             window = crop_window(uniform, *image.shape[:2], scale, ratio)
-        top, left, height, width = window
+        top, left, height, width = (round(side / factor) for side in window)
         cv2.resize(image[top:top + height, left:left + width], out.shape[:2], out)
 
     return crop
