@@ -8,6 +8,7 @@ import functools
 import math
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from ghostnet.keyed import StepContext, current_step
@@ -111,20 +112,21 @@ class Conv(keras.layers.Layer):
 def _depthwise_on_small_map(x: tf.Tensor, kernel: tf.Tensor):
     """Depthwise convolution of stride 1 on maps smaller than the kernel, with another gradient of the kernel.
 
-    The CPU's own takes six times as long there: 1.07 ms against 0.17 for [64, 2, 2, 480], which is where images of less
-    than 64 pixels end. A tap's gradient is the sum over what it is multiplied with: 0 where that is never in the map.
+    The CPU's own takes four times as long on [64, 2, 2, 480], which is where images of less than 64 pixels end. Each
+    place of x is multiplied with each of upstream, summed over images; a tap's gradient is the sum over its pairs.
     """
     height, width, size = x.shape[1], x.shape[2], kernel.shape[0]
-
-    def overlap(t, dy, dx):  # what of t is still there when it is moved up by dy and left by dx
-        return tf.cast(t[:, max(0, dy):max(0, height + dy), max(0, dx):max(0, width + dx)], tf.float32)
+    places = np.indices((height, width)).reshape(2, -1)
+    offsets = places[:, :, None] - places[:, None] + size // 2
+    of_rows, of_columns = (np.equal.outer(np.arange(size), offset) for offset in offsets)
+    joins = np.float32(of_rows[:, None] & of_columns).reshape(size * size, -1)  # 1 for the pairs of a tap
 
     def grad(upstream):
-        taps = range(-(size // 2), size // 2 + 1)
-        of_kernel = [tf.reduce_sum(overlap(x, dy, dx) * overlap(upstream, -dy, -dx), [0, 1, 2])
-                     for dy in taps for dx in taps]
+        a, b = (tf.reshape(tf.cast(t, tf.float32), [-1, height * width, t.shape[-1]]) for t in (x, upstream))
+        pairs = tf.reduce_sum(a[:, :, None] * b[:, None], axis=0)
+        of_kernel = tf.matmul(joins, tf.reshape(pairs, [joins.shape[1], -1]))
         of_x = tf.nn.depthwise_conv2d_backprop_input(tf.shape(x), kernel, upstream, [1, 1, 1, 1], 'SAME')
-        return of_x, tf.cast(tf.reshape(tf.stack(of_kernel), kernel.shape), kernel.dtype)
+        return of_x, tf.cast(tf.reshape(of_kernel, kernel.shape), kernel.dtype)
 
     return tf.nn.depthwise_conv2d(x, kernel, [1, 1, 1, 1], 'SAME'), grad
 
