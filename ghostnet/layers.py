@@ -115,18 +115,17 @@ def _depthwise_on_small_map(x: tf.Tensor, kernel: tf.Tensor):
     The CPU's own takes four times as long on [64, 2, 2, 480], which is where images of less than 64 pixels end. Each
     place of x is multiplied with each of upstream, summed over images; a tap's gradient is the sum over its pairs.
     """
-    height, width, size = x.shape[1], x.shape[2], kernel.shape[0]
-    places = np.indices((height, width)).reshape(2, -1)
-    offsets = places[:, :, None] - places[:, None] + size // 2
-    of_rows, of_columns = (np.equal.outer(np.arange(size), offset) for offset in offsets)
-    joins = np.float32(of_rows[:, None] & of_columns).reshape(size * size, -1)  # 1 for the pairs of a tap
-
     def grad(upstream):
+        height, width, size = x.shape[1], x.shape[2], kernel.shape[0]
+        places = np.indices((height, width)).reshape(2, -1)
+        offsets = places[:, :, None] - places[:, None] + size // 2
+        of_rows, of_columns = (np.equal.outer(np.arange(size), offset) for offset in offsets)
+        joins = np.float32(of_rows[:, None] & of_columns)  # [size, size, places, places]: 1 for the pairs of a tap
         a, b = (tf.reshape(tf.cast(t, tf.float32), [-1, height * width, t.shape[-1]]) for t in (x, upstream))
         pairs = tf.reduce_sum(a[:, :, None] * b[:, None], axis=0)
-        of_kernel = tf.matmul(joins, tf.reshape(pairs, [joins.shape[1], -1]))
+        of_kernel = tf.tensordot(joins, pairs, 2)[..., None]
         of_x = tf.nn.depthwise_conv2d_backprop_input(tf.shape(x), kernel, upstream, [1, 1, 1, 1], 'SAME')
-        return of_x, tf.cast(tf.reshape(of_kernel, kernel.shape), kernel.dtype)
+        return of_x, tf.cast(of_kernel, kernel.dtype)
 
     return tf.nn.depthwise_conv2d(x, kernel, [1, 1, 1, 1], 'SAME'), grad
 

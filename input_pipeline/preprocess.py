@@ -41,12 +41,13 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0),
     def crop(encoded, rng, out):
         uniform = rng.random(22).tolist()
         if header := _read_simple_jpeg_header(encoded):
-            height, width, height_at, view = *header, memoryview(encoded)
+            height, width, height_at = header
             window = crop_window(uniform, height, width, scale, ratio)
             factor = next((f for f in (8, 4, 2) if min(window[2:]) >= f * len(out)), 1)
             # A decoder that is told to skip what lies below still takes the time to read it, so that it is told of an
             # image that ends there: no pixel depends on those below its block, as nothing is smoothed.
             height = min(height, window[0] + window[2] + factor - 1)  # where the rounding below may end
+            view = memoryview(encoded)  # whose slices are not copied
             image = simplejpeg.decode_jpeg(  # strict minds the rest behind the end
                 b''.join((view[:height_at], height.to_bytes(2), view[height_at + 2:])), fastupsample=True,
                 min_height=-(-height // factor), min_width=-(-width // factor), strict=False)

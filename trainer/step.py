@@ -129,7 +129,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
     step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync, jit=_use_jit(strategy, settings),
                      **step_arguments)
 
-    @tf.autograph.experimental.do_not_convert  # it takes a third of the time to trace, and changes nothing
+    @tf.autograph.experimental.do_not_convert  # AutoGraph takes a third of the time to trace, for nothing
     def replica_step(batch: Tensors) -> Tensors:
         replica = tf.distribute.get_replica_context()
         values, sums = step(state.read(), batch, tf.convert_to_tensor(state.step), replica.replica_id_in_sync_group,
