@@ -23,24 +23,20 @@ _PARAMETERS = {'kernel': 'weight', 'bias': 'bias', 'gamma': 'weight', 'beta': 'b
                'moving_variance': 'running_var'}
 _GHOST_MODULE = {'primary/conv': 'primary_conv.0', 'primary/bn': 'primary_conv.1',
                  'cheap/conv': 'cheap_operation.0', 'cheap/bn': 'cheap_operation.1'}
-_BLOCK = {
-    **{f'{ghost}/{ours}': f'{ghost}.{theirs}'
-       for ghost in ('ghost1', 'ghost2') for ours, theirs in _GHOST_MODULE.items()},
-    'depthwise/conv': 'conv_dw', 'depthwise/bn': 'bn_dw',
-    'se/reduce': 'se.conv_reduce', 'se/expand': 'se.conv_expand',
-    'shortcut_depthwise/conv': 'shortcut.0', 'shortcut_depthwise/bn': 'shortcut.1',
-    'shortcut_pointwise/conv': 'shortcut.2', 'shortcut_pointwise/bn': 'shortcut.3',
-}
+_BLOCK = {**{f'{ghost}/{ours}': f'{ghost}.{theirs}'
+             for ghost in ('ghost1', 'ghost2') for ours, theirs in _GHOST_MODULE.items()},
+          'depthwise/conv': 'conv_dw', 'depthwise/bn': 'bn_dw',
+          'se/reduce': 'se.conv_reduce', 'se/expand': 'se.conv_expand',
+          'shortcut_depthwise/conv': 'shortcut.0', 'shortcut_depthwise/bn': 'shortcut.1',
+          'shortcut_pointwise/conv': 'shortcut.2', 'shortcut_pointwise/bn': 'shortcut.3'}
 # PyTorch numbers the blocks by stage. A stage ends wherever the stride changes; the tail counts as one more.
 _STAGES = [list(rows) for _, rows in itertools.groupby(BLOCKS, key=lambda row: row[-1])]
 _BLOCK_NAMES = [f'blocks.{stage}.{index}' for stage, rows in enumerate(_STAGES) for index in range(len(rows))]
-_MODULES = {
-    'stem/conv': 'conv_stem', 'stem/bn': 'bn1',
-    **{f'block_{number}/{ours}': f'{name}.{theirs}'
-       for number, name in enumerate(_BLOCK_NAMES, start=1) for ours, theirs in _BLOCK.items()},
-    'tail/conv': f'blocks.{len(_STAGES)}.0.conv', 'tail/bn': f'blocks.{len(_STAGES)}.0.bn1',
-    'head/conv': 'conv_head', 'classifier': 'classifier',
-}
+_MODULES = {'stem/conv': 'conv_stem', 'stem/bn': 'bn1',
+            **{f'block_{number}/{ours}': f'{name}.{theirs}'
+               for number, name in enumerate(_BLOCK_NAMES, start=1) for ours, theirs in _BLOCK.items()},
+            'tail/conv': f'blocks.{len(_STAGES)}.0.conv', 'tail/bn': f'blocks.{len(_STAGES)}.0.bn1',
+            'head/conv': 'conv_head', 'classifier': 'classifier'}
 
 
 def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike | Mapping[str, Any], *,
@@ -65,8 +61,7 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
         'missing': [key for key in variables if key not in state],
         'left over': [key for key in state if key not in variables],
         'misshapen': [f'{key} {state[key].shape} instead of {shapes[key]}'
-                      for key in variables if key in state and key not in fitting],
-    }
+                      for key in variables if key in state and key not in fitting]}
     if any(problems.values()):
         source = 'the state dict' if is_mapping else path_or_mapping
         message = f'{source} does not fit the model {model.name}: ' + '; '.join(

@@ -136,13 +136,11 @@ class Data:
 
     def __post_init__(self):
         three = 'three numbers for R, G, B in 0..1, standard deviations above 0'
-        _check(self, 'data',
-               (lambda v: isinstance(v, str) and v != '', 'a name', 'name', 'train_split', 'eval_split'),
+        _check(self, 'data', (lambda v: isinstance(v, str) and v != '', 'a name', 'name', 'train_split', 'eval_split'),
                (lambda v: isinstance(v, str), 'None or a string', 'default_dir', 'otherwise'),
                (lambda v: isinstance(v, bool), 'True or False', 'cache'),
                (lambda v: isinstance(v, tuple | list) and len(v) == 3 and all(is_number(x, 0) and x <= 1 for x in v),
-                three, 'pixel_mean', 'pixel_std'),
-               (lambda v: min(v) > 0, three, 'pixel_std'))
+                three, 'pixel_mean', 'pixel_std'), (lambda v: min(v) > 0, three, 'pixel_std'))
 
 
 @dataclass(frozen=True)

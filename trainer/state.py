@@ -10,6 +10,7 @@ import tensorflow as tf
 from trainer.guard import init_guard
 from trainer.loss_scale import init_loss_scale
 from trainer.recipe import ConfigError, Train
+from trainer.strategy import has_accelerator
 
 Variables = dict[str, tf.Variable]
 Tensors = dict[str, tf.Tensor]
@@ -49,7 +50,7 @@ class TrainState(NamedTuple):
 
     def assign(self, values: Values) -> None:
         """Assigns all of them, on this replica."""
-        tf.nest.map_structure(lambda variable, value: variable.assign(value), Values(*self[2:]), values)
+        tf.nest.map_structure(lambda v, value: v.assign(value, read_value=False), Values(*self[2:]), values)
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Assigns every variable; names and shapes must have been checked."""
@@ -105,7 +106,9 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     keras.config.set_dtype_policy(settings.precision.replace('tf32', 'float32'))
     tf.config.experimental.enable_tensor_float_32_execution(settings.precision == 'tf32')  # TensorFlow's default: yes
     # Or Grappler joins sums of a large network into temporary variables, and leaves those behind in loops over parts.
-    tf.config.optimizer.set_experimental_options({'arithmetic_optimization': False})
+    # The other two find nothing to do on a CPU, and take a third of the time before the first step to do it.
+    for_gpus = dict.fromkeys(('remapping', 'layout_optimizer'), has_accelerator())
+    tf.config.optimizer.set_experimental_options({'arithmetic_optimization': False, **for_gpus})
     try:
         with strategy.scope():
             model = settings.model()

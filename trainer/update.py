@@ -23,8 +23,7 @@ def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
         if loss_scale:
             grads = {path: g / loss_scale['loss_scale'] for path, g in grads.items()}
         norm = tf.linalg.global_norm(list(grads.values()))
-        is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(t)) for t in (norm, loss, *new_stats.values())])
-
+        is_finite = tf.math.is_finite(tf.linalg.global_norm([norm, loss, *new_stats.values()]))
         is_searching = ~is_finite & (loss_scale['loss_scale'] > MIN_SCALE) if loss_scale else False
         is_taken, new_guard = next_guard(guard, is_finite, norm, settings.spike_factor, settings.rollback_after,
                                          is_searching)
@@ -37,10 +36,12 @@ def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
                 clipped = clip_adaptively(grads, params, settings.adaptive_clip)
             new_params, new_slots = update_fn(clipped, slots, params, schedule(step), step)
             new_ema = ema_update(ema, new_params | new_stats, settings.ema_decay, step) if ema else {}
-            return new_params, new_stats, new_slots, new_ema
+            return new_params, new_slots, new_ema
 
         # All replicas see the same sums, so that all take the step or none does. No collective stands in the branches.
-        kept = tf.cond(is_taken, take, lambda: (params, batch_stats, slots, ema))
-        return Values(*kept, next_loss_scale(loss_scale, is_finite), new_guard), is_taken, norm
+        params, slots, ema = tf.cond(is_taken, take, lambda: (params, slots, ema))
+        # Small and many: they are chosen here, as each output of a branch takes its time to trace.
+        stats = {path: tf.where(is_taken, new, batch_stats[path]) for path, new in new_stats.items()}
+        return Values(params, stats, slots, ema, next_loss_scale(loss_scale, is_finite), new_guard), is_taken, norm
 
     return update
