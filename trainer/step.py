@@ -164,7 +164,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 def _make_total(strategy: tf.distribute.Strategy, settings: Train, forward: Callable, params: Variables,
                 batch_stats: Variables, shape: list[int], reduction: str) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
     """Makes total(iterator, num_batches) -> float64: forward(params, batch_stats, batch) over replicas and batches."""
-    forward = _compile(forward) if _use_jit(strategy, settings) else forward
+    forward = _compile(forward) if _use_jit(strategy, settings) else tf.autograph.experimental.do_not_convert(forward)
 
     def replica_step(batch: Tensors) -> tf.Tensor:
         values = [[tf.convert_to_tensor(v) for v in variables.values()] for variables in (params, batch_stats)]
