@@ -14,10 +14,7 @@ NUM_TRAIN, NUM_EVAL, CLASSES = 96, 30, 3
 
 @pytest.fixture(autouse=True)
 def same_initial_weights():
-    """The caller of trainer.train builds the model, so that train.seed comes too late for its weights.
-
-    Seed 0 leaves two replicas of 8 rows at 87 % after these few steps; any start was possible before it was fixed.
-    """
+    """The caller of trainer.train builds the model, so that train.seed comes too late for its weights."""
     keras.utils.set_random_seed(1)
 
 
@@ -30,8 +27,9 @@ def separable(count, seed):
 
 
 def fit(model, **settings):
-    return trainer.train(model, *separable(NUM_TRAIN, 1), epochs=5, global_batch_size=16,
-                         eval_data=separable(NUM_EVAL, 2), eval_every_epochs=5, peak_rate=0.05, warmup_epochs=1,
+    # Ten epochs: after five, two replicas of 8 rows end anywhere from 67 to 100 %, as the last bits of a sum fall.
+    return trainer.train(model, *separable(NUM_TRAIN, 1), epochs=10, global_batch_size=16,
+                         eval_data=separable(NUM_EVAL, 2), eval_every_epochs=10, peak_rate=0.05, warmup_epochs=1,
                          **settings)
 
 
