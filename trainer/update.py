@@ -15,8 +15,8 @@ def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
                 settings: Train) -> Callable[..., tuple[Values, tf.Tensor, tf.Tensor]]:
     """Makes update(values, grads, new_stats, loss, step) -> (values, is_taken, gradient norm).
 
-    A gradient, statistic or loss that is not finite, or whatever else guard.py refuses, leaves all values but the loss
-    scale and the guard as they are. update_fn is the optimizer's, see optimizer.py; schedule: step -> learning rate.
+    A gradient, statistic or loss whose square is not finite, or whatever else guard.py refuses, leaves all values but
+    loss scale and guard as they are. update_fn is the optimizer's, see optimizer.py; schedule: step -> learning rate.
     """
     def update(values: Values, grads: Tensors, new_stats: Tensors, loss: tf.Tensor, step: tf.Tensor):
         params, batch_stats, slots, ema, loss_scale, guard = values
