@@ -83,10 +83,10 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def start() -> Callable[..., subprocess.Popen]:
-    """start(*flags, cwd=..., NAME=...): python -m trainer.main in a process of its own, from any directory."""
-    def start_(*flags, cwd=REPOSITORY, **variables):
+    """start(*flags, command=..., cwd=..., NAME=...): the trainer in a process of its own, from any directory."""
+    def start_(*flags, command=(sys.executable, '-m', 'trainer.main'), cwd=REPOSITORY, **variables):
         environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY), **variables}
-        return subprocess.Popen([sys.executable, '-m', 'trainer.main', *map(str, flags)], cwd=cwd, env=environment,
+        return subprocess.Popen([*command, *map(str, flags)], cwd=cwd, env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start_
@@ -94,9 +94,9 @@ def start() -> Callable[..., subprocess.Popen]:
 
 @pytest.fixture(scope='session')
 def run(start) -> Callable[..., subprocess.CompletedProcess]:
-    """run(*flags, cwd=...): the same, to its end."""
-    def run_(*flags, cwd=REPOSITORY):
-        process = start(*flags, cwd=cwd)
+    """run(*flags, command=..., cwd=...): the same, to its end."""
+    def run_(*flags, **where):
+        process = start(*flags, **where)
         stdout, stderr = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

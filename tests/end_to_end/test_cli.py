@@ -5,7 +5,9 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 
+import few_blocks
 import numpy as np
 import pytest
 from absl import flags
@@ -21,8 +23,9 @@ NUM_TRAIN, NUM_EVAL = 42, 21  # of conftest's folder
 
 
 @pytest.fixture
-def command(capsys):
-    """command(*flags) -> (exit code, stdout, stderr) of the command, in this process."""
+def command(capsys, monkeypatch):
+    """command(*flags) -> (exit code, stdout, stderr) of few_blocks.COMMAND, in this process."""
+    monkeypatch.setattr('ghostnet.model.BLOCKS', few_blocks.few_blocks())
     root, absl = logging.getLogger(), logging.getLogger('absl')
     handlers, levels = root.handlers[:], (root.level, absl.level)
 
@@ -44,7 +47,7 @@ def trained(tmp_path_factory, folder, recipe, run):
     """The workdir of a finished run of six steps, one epoch and an evaluation, only to be read."""
     workdir = tmp_path_factory.mktemp('trained')
     finished = run(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={workdir}',
-                   '--gin_param=train.max_steps=6')
+                   '--gin_param=train.max_steps=6', command=[sys.executable, few_blocks.__file__])
     assert finished.returncode == 0, finished.stderr
     return workdir
 

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import few_blocks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -45,10 +46,10 @@ TIMEOUT_SECS = 8
 
 @pytest.fixture
 def start_workers(start, recipe, folder, tmp_path):
-    """start_workers(*flags, workdirs=, own=) -> the processes of two workers of one run; none is left behind."""
+    """start_workers(*flags, workdirs=, own=, NAME=) -> two workers of one run, as of `start`; none is left behind."""
     started = []
 
-    def start_(*flags, workdirs=(tmp_path / 'run',) * 2, own=((), ())):
+    def start_(*flags, workdirs=(tmp_path / 'run',) * 2, own=((), ()), **how):
         sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]
         addresses = [f'127.0.0.1:{each.getsockname()[1]}' for each in sockets]
         for each in sockets:
@@ -56,7 +57,7 @@ def start_workers(start, recipe, folder, tmp_path):
         for index, workdir in enumerate(workdirs):
             started.append(start(f'--gin_file={recipe}', '--gin_file=gin/hardware/multi_worker.gin', *SETTINGS,
                                  f'--data_dir={folder}', f'--workdir={workdir}', f'--workers={",".join(addresses)}',
-                                 f'--worker_index={index}', *flags, *own[index]))
+                                 f'--worker_index={index}', *flags, *own[index], **how))
         return started[-2:]
 
     yield start_
@@ -209,7 +210,8 @@ def test_a_run_goes_on_with_another_number_of_workers(start_workers, reference, 
 def test_a_lost_worker_is_named_and_the_same_command_resumes(way, start_workers, tmp_path):
     workdir = tmp_path / 'run'
     timeout = f'--gin_param=build_strategy.timeout_secs={TIMEOUT_SECS}'
-    first, second = start_workers(timeout, *ENDLESS, '--gin_param=train.max_steps=None')
+    command = few_blocks.COMMAND
+    first, second = start_workers(timeout, *ENDLESS, '--gin_param=train.max_steps=None', command=command)
     wait_for_checkpoint(workdir, [first, second])
     second.send_signal(way)
     lost = time.monotonic()
@@ -222,14 +224,14 @@ def test_a_lost_worker_is_named_and_the_same_command_resumes(way, start_workers,
     if way == signal.SIGSTOP:
         return  # what is left behind is the same
     saved = max(int(path.name[5:]) for path in workdir.glob('checkpoints/ckpt-*'))
-    results = finish(start_workers(timeout, *ENDLESS, f'--gin_param=train.max_steps={saved + 3}'))
+    results = finish(start_workers(timeout, *ENDLESS, f'--gin_param=train.max_steps={saved + 3}', command=command))
     assert [code for code, _ in results] == [0, 0], results
     assert 'resuming from' in results[0][1]
     assert tensors(workdir, saved + 3)['step'] == saved + 3
 
 
 def test_a_signal_to_one_worker_stops_all_at_the_same_step(start_workers, tmp_path):
-    processes = start_workers(*ENDLESS, '--gin_param=train.max_steps=None')
+    processes = start_workers(*ENDLESS, '--gin_param=train.max_steps=None', command=few_blocks.COMMAND)
     wait_for_checkpoint(tmp_path / 'run', processes)
     processes[1].send_signal(signal.SIGTERM)
     results = finish(processes)

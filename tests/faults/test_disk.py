@@ -11,10 +11,10 @@ import errno
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import few_blocks
 import pytest
 from workdir_reader import assert_equal_bits, reports, tensors
 
@@ -22,9 +22,9 @@ from trainer import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # On conftest's folder: long enough to be watched.
-SETTINGS = {'train.epochs': 27, 'train.checkpoint_every_steps': 10, 'train.eval_every_epochs': 20,
+SETTINGS = {'train.epochs': 54, 'train.checkpoint_every_steps': 10, 'train.eval_every_epochs': 40,
             'train.keep_checkpoints': 2}
-NUM_STEPS = 141
+NUM_STEPS = 283
 
 
 @pytest.fixture(scope='module')
@@ -44,13 +44,14 @@ class Run:
     def __init__(self, workdir, recipe, folder, shim=None, **settings):
         self.workdir, self.log = workdir, workdir.with_suffix('.log')
         self.control = workdir.with_suffix('.control')
-        environment = {**os.environ, 'FAILING_DISK': f'{workdir}/', 'FAILING_DISK_CONTROL': str(self.control)}
+        environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY), 'FAILING_DISK': f'{workdir}/',
+                       'FAILING_DISK_CONTROL': str(self.control)}
         if shim:
             environment['LD_PRELOAD'] = str(shim)
         with open(self.log, 'a', encoding='utf-8') as log:
             self.process = subprocess.Popen(
-                [sys.executable, '-m', 'trainer.main', f'--gin_file={recipe}', f'--data_dir={folder}',
-                 f'--workdir={workdir}', *(f'--gin_param={name}={value}' for name, value in
+                [*few_blocks.COMMAND, f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={workdir}',
+                 *(f'--gin_param={name}={value}' for name, value in
                                            {**SETTINGS, **settings}.items())],
                 cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=log)
 

@@ -10,10 +10,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import few_blocks
 import numpy as np
 import pytest
 from workdir_reader import assert_equal_bits, reports, tensors
@@ -30,9 +30,9 @@ def start(workdir, recipe, folder):
     """The trainer in a process of its own; what it says goes to a file, since a full pipe would stop it."""
     with open(workdir.with_suffix('.log'), 'a', encoding='utf-8') as log:
         return subprocess.Popen(
-            [sys.executable, '-m', 'trainer.main', f'--gin_file={recipe}', f'--data_dir={folder}',
-             f'--workdir={workdir}', *(f'--gin_param={name}={value}' for name, value in SETTINGS.items())],
-            cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=log)
+            [*few_blocks.COMMAND, f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={workdir}',
+             *(f'--gin_param={name}={value}' for name, value in SETTINGS.items())],
+            cwd=REPOSITORY, env={**os.environ, 'PYTHONPATH': str(REPOSITORY)}, stdout=subprocess.DEVNULL, stderr=log)
 
 
 def assert_finishes(process, workdir):
