@@ -24,7 +24,7 @@ NUM_TRAIN, NUM_EVAL = 42, 21  # of conftest's folder
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    """command(*flags) -> (exit code, stdout, stderr) of few_blocks.COMMAND, in this process."""
+    """command(*flags) -> (exit code, stdout, stderr) of few_blocks.py, in this process."""
     monkeypatch.setattr('ghostnet.model.BLOCKS', few_blocks.few_blocks())
     root, absl = logging.getLogger(), logging.getLogger('absl')
     handlers, levels = root.handlers[:], (root.level, absl.level)

@@ -51,8 +51,7 @@ class Run:
         with open(self.log, 'a', encoding='utf-8') as log:
             self.process = subprocess.Popen(
                 [*few_blocks.COMMAND, f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={workdir}',
-                 *(f'--gin_param={name}={value}' for name, value in
-                                           {**SETTINGS, **settings}.items())],
+                 *(f'--gin_param={name}={value}' for name, value in {**SETTINGS, **settings}.items())],
                 cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=log)
 
     def said(self):
