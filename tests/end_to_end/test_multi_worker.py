@@ -101,7 +101,8 @@ def reference(tmp_path_factory, run, recipe, folder):
     @functools.cache
     def reference_(*flags):
         workdir = tmp_path_factory.mktemp('reference')
-        finished = run(f'--gin_file={recipe}', *SETTINGS, f'--data_dir={folder}', f'--workdir={workdir}', *flags)
+        finished = run(f'--gin_file={recipe}', *SETTINGS, f'--data_dir={folder}', f'--workdir={workdir}', *flags,
+                       command=few_blocks.COMMAND)
         assert finished.returncode == 0, finished.stderr
         return workdir
 
@@ -112,7 +113,7 @@ def reference(tmp_path_factory, run, recipe, folder):
     (('--gin_param=train.max_steps=4',), 4), pytest.param(SYNCHRONISED, NUM_STEPS, marks=pytest.mark.long)])
 def test_two_workers_equal_two_replicas_in_every_bit(flags, num_steps, start_workers, reference, tmp_path):
     """At equal threads a replica."""
-    assert_finished(start_workers(*flags, *ONE_THREAD))
+    assert_finished(start_workers(*flags, *ONE_THREAD, command=few_blocks.COMMAND))
     workers = tensors(tmp_path / 'run', num_steps)
     replicas = tensors(reference(*flags, *ONE_THREAD, *MIRRORED), num_steps)
     assert workers.keys() == replicas.keys()

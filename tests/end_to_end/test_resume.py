@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+import few_blocks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -51,7 +52,8 @@ def finish(process):
 
 @pytest.fixture(scope='module')
 def start_run(folder, recipe, start):
-    return lambda workdir, *flags: start(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={workdir}', *flags)
+    return lambda workdir, *flags: start(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={workdir}', *flags,
+                                         command=few_blocks.COMMAND)
 
 
 @pytest.fixture(scope='module')

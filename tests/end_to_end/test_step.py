@@ -54,7 +54,8 @@ def test_gradients_that_are_summed_in_bfloat16_are_rounded_and_the_same_everywhe
     for name, values in replica_values(rounded).items():
         np.testing.assert_array_equal(values[0], values[1], err_msg=name)
 
-@pytest.mark.parametrize(('network', 'num_replicas'), [(small_network, 4), (whole_network, 2)])
+@pytest.mark.parametrize(('network', 'num_replicas'), [
+    (small_network, 4), pytest.param(whole_network, 2, marks=pytest.mark.long)])
 def test_replicas_with_batch_norm_in_inference_mode_compute_what_one_computes(network, num_replicas):
     assert_same_step(inference(network), num_replicas)
     trainer, before, _ = one_step(inference(network), num_replicas)
@@ -101,7 +102,8 @@ def test_four_parts_in_inference_mode_compute_what_the_batch_computes(num_replic
     assert_same_step(inference(small_network), num_replicas, accumulate=accumulate)
 
 
-@pytest.mark.parametrize(('num_replicas', 'options'), [(1, {}), (2, {}), (1, {'jit': True}), (2, {'jit': True})])
+@pytest.mark.parametrize(('num_replicas', 'options'), [
+    (1, {}), (2, {}), (1, {'jit': True}), pytest.param(2, {'jit': True}, marks=pytest.mark.long)])
 def test_four_parts_compute_what_four_replicas_compute(num_replicas, options):
     """Batch norm takes statistics by the part, as it does by the replica; dropout goes by the row of the batch."""
     replicas, before, sums_replicas = one_step(small_network, 4, ema_decay=0.9)
@@ -134,7 +136,7 @@ def test_parts_of_a_large_network_train_step_after_step(optimizer):
 
 # Mixup, CutMix and random erasing
 
-@pytest.mark.parametrize(('num_replicas', 'options'), [(2, {'accumulate': 2}), (4, {'jit': True})])
+@pytest.mark.parametrize(('num_replicas', 'options'), [(2, {'accumulate': 2}), (4, {}), (1, {'jit': True})])
 def test_what_is_mixed_and_erased_depends_on_neither_replicas_nor_parts_nor_xla(num_replicas, options):
     mixing = {'mixup_alpha': 1.0, 'cutmix_alpha': 1.0, 'erase_probability': 0.5}
     plain, _, _ = one_step(inference(small_network))
