@@ -105,9 +105,9 @@ def make_step(model: keras.Model, settings: Train, *, normalize: Normalize, upda
             # Synchronised on one replica too, so that any number of them computes the same.
             cross_replica_mean if settings.sync_batch_norm else None)
         if num_replicas > 1:
-            if dtype != 'float32':  # of the gradients alone: statistics and sums keep their digits
-                grads = _all_reduce_packed(all_reduce, grads, dtype)
+            if dtype != 'float32':  # of gradients alone: the rest keeps its digits, and goes amid the backward pass
                 new_stats, sums = _all_reduce_packed(all_reduce, (new_stats, sums))
+                grads = _all_reduce_packed(all_reduce, grads, dtype)
             else:
                 grads, new_stats, sums = _all_reduce_packed(all_reduce, (grads, new_stats, sums))
         if num_parts > 1:  # one view of them for all replicas and parts

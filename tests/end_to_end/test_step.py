@@ -29,7 +29,8 @@ from trainer.step import distribute, make_estimate_loop, make_eval_loop
 
 # Replicas
 
-@pytest.mark.parametrize(('network', 'num_replicas'), [(small_network, 2), (small_network, 4), (whole_network, 2)])
+@pytest.mark.parametrize(('network', 'num_replicas'), [
+    (small_network, 2), (small_network, 4), pytest.param(whole_network, 2, marks=pytest.mark.long)])
 def test_replicas_with_synchronised_batch_norm_compute_what_one_computes(network, num_replicas):
     assert_same_step(network, num_replicas, sync_batch_norm=True)
 
@@ -54,8 +55,7 @@ def test_gradients_that_are_summed_in_bfloat16_are_rounded_and_the_same_everywhe
     for name, values in replica_values(rounded).items():
         np.testing.assert_array_equal(values[0], values[1], err_msg=name)
 
-@pytest.mark.parametrize(('network', 'num_replicas'), [
-    (small_network, 4), pytest.param(whole_network, 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(('network', 'num_replicas'), [(small_network, 4), (whole_network, 2)])
 def test_replicas_with_batch_norm_in_inference_mode_compute_what_one_computes(network, num_replicas):
     assert_same_step(inference(network), num_replicas)
     trainer, before, _ = one_step(inference(network), num_replicas)
