@@ -1,4 +1,4 @@
-"""The reference for gin/fashion_mnist.gin: timm's ghostnet_100, trained by PyTorch on Fashion-MNIST.
+"""The reference for gin/recipes/fashion_mnist_reference.gin: timm's ghostnet_100, trained by PyTorch on Fashion-MNIST.
 
 Imports nothing of this project: it is the outside oracle for what the recipe reaches. The recipe is fixed: 56 px, batch
 128, SGD 0.9 Nesterov, peak rate 0.1 after half an epoch of linear warmup, then cosine to 0, weight decay 4e-5 off batch

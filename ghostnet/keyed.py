@@ -39,8 +39,7 @@ def step_context(*args: Any, **kwargs: Any) -> Iterator[None]:
 def mix_bits(x: tf.Tensor) -> tf.Tensor:
     """A bijection of uint32 in which every input bit changes every output bit about half of the time.
 
-    Source: the finaliser of MurmurHash3 (Appleby). Wrapping integer arithmetic: the same bits on every device, with
-    and without XLA.
+    Source: the finaliser of MurmurHash3 (Appleby). The same bits on every device, with and without XLA.
     """
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ tf.bitwise.right_shift(x, tf.constant(shift, tf.uint32))) * tf.constant(factor, tf.uint32)
@@ -67,10 +66,7 @@ def keyed_uniform(keys: tf.Tensor, num_elements: int) -> tf.Tensor:
 
 @keras.saving.register_keras_serializable('ghostnet')
 class KeyedDropout(keras.layers.Layer):
-    """Dropout on [B, C] whose mask depends on the row's key alone: not on replicas, devices or a seed variable.
-
-    Outside of `step_context` the mask comes from TensorFlow's stateful generator, as in any Keras layer.
-    """
+    """Dropout on [B, C] whose mask depends on the row's key alone; outside of `step_context` TensorFlow draws it."""
 
     def __init__(self, rate: float, **kwargs):
         super().__init__(**kwargs)

@@ -50,9 +50,8 @@ class BatchNorm(keras.layers.Layer):
     def _synchronised(self, x, step: StepContext):
         """Statistics of the global batch, unbiased by its count.
 
-        Two reductions of [C] a layer, the second about the mean of the first: mean of squares minus square of the mean
-        would lose the digits that the gradients of small maps need. Each axis is summed by itself: one float32 sum over
-        all rows, as in the CPU's fused kernel, is off by 1e-4 at 65,536 rows, differently for each number of replicas.
+        Two reductions of [C], the second about the mean of the first: mean of squares minus square of the mean would
+        lose digits. Each axis is summed by itself: one float32 sum over all rows is off by 1e-4 at 65,536 rows.
         """
         def mean_of(t):
             for axis in (2, 1, 0):
@@ -70,9 +69,8 @@ class BatchNorm(keras.layers.Layer):
 def fan_in_uniform(fan_in: int) -> keras.initializers.Initializer:
     """Uniform in +-1 / sqrt(fan_in), the default of PyTorch that the reference implementation trains from.
 
-    Under batch norm the scale of a kernel does not change what is computed, but the smaller it is the further a step of
-    SGD turns it: He's normal distribution, of six times the variance, has a sixth of the effective learning rate until
-    weight decay has forgotten it. Not Keras' VarianceScaling, which counts a depthwise kernel's fan over all channels.
+    Under batch norm the smaller a kernel is the further a step of SGD turns it: He's normal distribution, of six times
+    the variance, has a sixth of the effective rate. Keras' VarianceScaling counts a depthwise fan over all channels.
     """
     return keras.initializers.RandomUniform(-fan_in**-0.5, fan_in**-0.5)
 
@@ -113,8 +111,8 @@ class Conv(keras.layers.Layer):
 def _depthwise_on_small_map(x: tf.Tensor, kernel: tf.Tensor):
     """Depthwise convolution of stride 1 on maps smaller than the kernel, with another gradient of the kernel.
 
-    The CPU's own takes four times as long on [64, 2, 2, 480], which is where images of less than 64 pixels end. Each
-    place of x is multiplied with each of upstream, summed over images; a tap's gradient is the sum over its pairs.
+    The CPU's own takes four times as long on [64, 2, 2, 480], where images of less than 64 pixels end: all pairs of
+    places of x and upstream, summed over images, and of these for each tap the sum of its own.
     """
     def grad(upstream):
         height, width, size = x.shape[1], x.shape[2], kernel.shape[0]
@@ -215,8 +213,7 @@ class SqueezeExcite(Composite):
         self.expand = Conv(filters, use_bias=True, name='expand')
 
     def call(self, x):
-        gate = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
-        gate = self.expand(tf.nn.relu(self.reduce(gate)))
+        gate = self.expand(tf.nn.relu(self.reduce(tf.reduce_mean(x, axis=[1, 2], keepdims=True))))
         return x * (tf.nn.relu6(gate + 3) / 6)
 
 
@@ -226,8 +223,7 @@ class GhostBottleneck(Composite):
 
     Paper section 3.2: ghost module to `expansion` maps, at stride 2 a depthwise convolution without ReLU, squeeze and
     excite to `se_hidden` maps (None: none), ghost module without ReLU to `filters` maps, plus the shortcut; nothing
-    after the sum. The shortcut is the identity where shapes allow, else depthwise and 1x1 convolution. `kernel_size`
-    is that of the depthwise convolutions here, never of the ghost modules' cheap operation.
+    after the sum. The shortcut is the identity where shapes allow, else depthwise and 1x1. `kernel_size`: of these.
     """
 
     def __init__(self, in_filters: int, expansion: int, filters: int, kernel_size: int = 3, strides: int = 1,

@@ -9,6 +9,8 @@ import argparse
 import itertools
 import logging
 import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,7 +115,7 @@ def _to_numpy(value: Any) -> np.ndarray:
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    if path.endswith('.npz'):
+    if path.endswith('.npz') and zipfile.is_zipfile(path):
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     if path.endswith('.safetensors'):
@@ -125,10 +127,12 @@ def _read(path: str) -> Mapping[str, Any]:
     if path.endswith(('.pth', '.pt')):
         try:
             import torch
+            return torch.load(path, map_location='cpu', weights_only=True)
         except ImportError as error:
             raise ImportError(f'{path} needs torch: install it, or give .safetensors or .npz') from error
-        return torch.load(path, map_location='cpu', weights_only=True)
-    raise ValueError(f'{path} is no file of PyTorch weights: it must be .pth, .pt, .safetensors or .npz')
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f'{path} is no state dict that is intact: {str(error).splitlines()[0]}') from error
+    raise ValueError(f'{path} is no file of PyTorch weights: it must be .pth, .pt, .safetensors or .npz, and intact')
 
 
 def main(argv: list[str] | None = None) -> None:

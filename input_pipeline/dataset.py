@@ -20,7 +20,7 @@ _DEFAULT_CROP = make_random_resized_crop()
 def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 224, seed: int = 0,
                   start_position: int = 0, shard: int = 0, num_shards: int = 1, shuffle_block: int = 1,
                   crop: Crop = _DEFAULT_CROP, flip: bool = True, augment: Callable | None = None,
-                  on_bad: Callable[[int, int], None] | None = None,
+                  on_bad: Callable[[int, int], None] = lambda position, index: None,
                   on_times: Callable[[Mapping[str, float]], None] = lambda secs: None) -> tf.data.Dataset:
     """Endless batches: rows [shard * B / num_shards, (shard + 1) * B / num_shards) of each global batch of B.
 
@@ -31,9 +31,8 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
     on_bad is called with (position, number) of each example that cannot be used, in some thread, before its batch;
     on_times with the seconds that a thread has spent on 'read', 'decode', 'augment' and 'batch'.
 
-    Returns:
-      Batches of {'image': uint8 [B', image_size, image_size, 3], 'label': int32 [B'], 'index': int64 [B'] number in the
-      source, 'mask': float32 [B'] 0 where the example is bad (and the image black), else 1}, B' = B / num_shards.
+    Returns batches of {'image': uint8 [B', image_size, image_size, 3], 'label': int32 [B'], 'index': int64 [B'] in the
+    source, 'mask': float32 [B'] 0 where the example is bad (and the image black), else 1}, B' = B / num_shards.
 
     Raises ValueError if the shards do not divide the batch, or an argument is out of range.
     """
@@ -60,15 +59,15 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
     try:  # now, not in some thread
         crop(encode_png(trial), rng, trial)
         change(trial, rng)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'train_dataset.crop or augment fails; is it a reference without ()? {error}') from error
+    except (TypeError, ValueError, IndexError, cv2.error) as error:
+        raise ValueError(f'train_dataset.crop or augment fails (as @NAME without ()): {str(error).strip()}') from error
     part_rows = -(-_PART // shuffle_block) * shuffle_block
     return _make_dataset(source, batches, examples, crop, change, image_size, part_rows, on_bad, on_times)
 
 
 def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 224, resize: int = 256,
                  interpolation: str = 'bicubic', dct_scaling: bool = False, shard: int = 0, num_shards: int = 1,
-                 on_bad: Callable[[int, int], None] | None = None) -> tf.data.Dataset:
+                 on_bad: Callable[[int, int], None] = lambda position, index: None) -> tf.data.Dataset:
     """ceil(N / global_batch_size) batches as those of `train_dataset`, with each example once, in order.
 
     The last one is padded with black images of label 0, index -1 and mask 0. `resize`: pixels of the shorter side
@@ -110,7 +109,7 @@ def _positions(start: int, stop: int, global_batch_size: int, shard: int, num_sh
 
 
 def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, crop: Crop, change: Callable,
-                  image_size: int, part_rows: int, on_bad: Callable[[int, int], None] | None,
+                  image_size: int, part_rows: int, on_bad: Callable[[int, int], None],
                   on_times: Callable[[Mapping[str, float]], None] = lambda secs: None) -> tf.data.Dataset:
     """`examples(positions)` -> indices (-1: padding) and uint64 [n, 2] keys; `change(image, rng)` -> image."""
     (rows,) = batches.element_spec.shape
@@ -139,8 +138,7 @@ def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, 
                     crop(data, rng, image)
                 except ValueError:
                     mask[row] = 0.0
-                    if on_bad is not None:
-                        on_bad(int(positions[row]), int(indices[row]))
+                    on_bad(int(positions[row]), int(indices[row]))
                     continue
                 laps.append(('decode', time.perf_counter()))
                 changed = change(image, rng)

@@ -11,8 +11,7 @@ def permutation(seed: int, epoch: int, n: int, block_size: int = 1) -> np.ndarra
 
     The example at position p of training is `permutation(seed, p // n, n)[p % n]`. With `block_size` > 1 blocks of
     neighbours are permuted, and the examples inside of each, so that one read serves many: a block begins at every
-    position of training that block_size divides, and ends early only where the epoch does. What lies together stays
-    together, so the source itself must be shuffled, as TFDS does it.
+    position of training that block_size divides, and ends early only where the epoch does.
     """
     philox = np.random.Philox(key=[seed, epoch])
     order = np.argsort(philox.random_raw(n), kind='stable')

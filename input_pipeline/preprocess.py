@@ -129,10 +129,10 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
         raise ValueError(f'no JPEG, PNG, GIF or BMP: it begins with {encoded[:12]!r}' if encoded else 'it is empty')
     try:
         with decoder(io.BytesIO(encoded)) as image:
-            if not 0 < image.width * image.height <= MAX_PIXELS:
-                raise ValueError(f'{image.format}: image of {image.height} x {image.width} pixels')
+            if not 0 < image.width * image.height <= MAX_PIXELS or image.mode[0] in 'IF':  # would be clipped to 8 bits
+                raise ValueError(f'{image.format}: image of {image.height} x {image.width} pixels in mode {image.mode}')
             yield image
-    except _DECODE_ERRORS as error:
+    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f'{decoder.format} cannot be decoded: {error}') from error
 
 

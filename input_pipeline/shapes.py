@@ -1,11 +1,9 @@
 """The embedded data set: 6,000 drawn JPEGs of ten shapes as a TFDS builder; needs neither network nor files.
 
 An image is a textured ground, clutter, one large figure of the labelled shape (textured, rotated, squeezed, anywhere in
-the central square), clutter over it, and grain. Size, place, colours, and which of figure and ground is the brighter
-do not depend on the class: single pixels say next to nothing about it, only the outline does.
-
-The same bytes on every machine and run: every choice is an integer from Philox, a generator that its definition fixes;
-every pixel is NumPy integer arithmetic; `encode` says what the JPEG's bytes rest on.
+the central square), clutter over it, and grain. Nothing but the outline depends on the class. The same bytes on every
+machine and run: every choice is an integer from Philox, a generator that its definition fixes; every pixel is NumPy
+integer arithmetic; `encode` says what the JPEG's bytes rest on.
 """
 from collections.abc import Callable, Iterator
 

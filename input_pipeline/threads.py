@@ -1,6 +1,5 @@
 """The threads that read and decode, one for each core the process may use; they are done before the interpreter is."""
 import atexit
-import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -17,10 +16,14 @@ def for_each(function: Callable[[int], None], items: Iterable[int]) -> None:
     """
     _callers.append(None)
     futures = []
-    with contextlib.suppress(RuntimeError):  # only the interpreter closes the pool, when it exits
+    try:
         futures.extend(_POOL.submit(function, item) for item in items)
-    wait(futures)
-    _callers.pop()
+    except RuntimeError as error:
+        if 'shutdown' not in str(error):  # of the pool, which the interpreter closes when it exits
+            raise  # no thread can be started
+    finally:
+        wait(futures)
+        _callers.pop()
     for future in futures:
         future.result()
 

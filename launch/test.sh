@@ -2,7 +2,7 @@
 # Checks everything: makes the environment, lints, counts the lines, runs the tests.
 #
 #   ./launch/test.sh                          all of it
-#   ./launch/test.sh tests/test_model.py -x   arguments go on to pytest
+#   ./launch/test.sh tests/trainer -x   arguments go on to pytest
 #
 # PYTHON=python3.12 chooses the Python, VENV=DIR the environment's directory (.venv, shared with local.sh).
 set -euo pipefail

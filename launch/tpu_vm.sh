@@ -10,7 +10,8 @@
 # What follows -- goes on to trainer.main. The workdir must be on storage that outlives the VM and that all VMs share.
 #
 #   --spot              a cheaper VM, which may be taken away at any time
-#   --setup=COMMAND     run on every VM after it is created, as to mount that storage
+#   --setup=COMMAND     run on every VM whenever this script comes to it, so again on one that is there already, as to
+#                       mount that storage: 'mountpoint -q DIR || mount ... DIR'
 #   --worker=all        the VMs of the slice to install and run on: all, or a number
 #   --project=P         another project than gcloud's own
 #   --delete            deletes the VM when training has finished (exit code 0)

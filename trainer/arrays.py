@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import input_pipeline
 from trainer import loop, optimizer, schedule
-from trainer.recipe import Data, Train
+from trainer.recipe import NOT_IN_FINGERPRINT, Data, Train
 from trainer.state import num_logits
 
 
@@ -39,10 +39,11 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
     num_classes = num_logits(model)
     train_settings = Train(
         epochs=epochs, global_batch_size=global_batch_size, model=lambda: model,
-        optimizer=lambda: optimizer.sgd(momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
+        optimizer=partial(optimizer.sgd, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
         schedule=partial(schedule.cosine, peak_rate, warmup_epochs=warmup_epochs), **settings)
     arguments = (epochs, global_batch_size, peak_rate, warmup_epochs, momentum, nesterov, weight_decay, size, max_shift,
-                 flip, pixel_mean, pixel_std, sorted(settings.items()))
+                 flip, pixel_mean, pixel_std, sorted(f'{name}={value!r}' for name, value in settings.items()
+                                                     if not NOT_IN_FINGERPRINT.fullmatch(f'train.{name}')))
     fingerprint = {'images': hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
                    'labels': hashlib.sha256(np.ascontiguousarray(labels)).hexdigest(), 'arguments': repr(arguments)}
     with tempfile.TemporaryDirectory() as temporary:

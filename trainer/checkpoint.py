@@ -65,7 +65,7 @@ def save(directory: Path, step: int, values: Mapping[str, Any], meta: Mapping[st
     kept += [p for p in others if keep_every and step_of(p) % keep_every == 0]
     outdated = [p for p in others[:max(0, len(others) - keep + 1)] if p not in kept]
     for old in [*outdated, *directory.glob('.writing-ckpt-*')]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # the new one is saved all the same; tried again after the next save
     return final
 
 
@@ -122,20 +122,20 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def load(path: Path, variables: Mapping[str, tf.Variable]) -> dict[str, np.ndarray]:
     """Reads the tensors of these variables. Raises ConfigError: names or shapes differ from the checkpoint's."""
-    tensors, difference = load_fitting(path, variables, ('',))
-    if len(tensors) < len(variables):
+    tensors, left_over, difference = load_fitting(path, variables, ('',))
+    if len(tensors) < len(variables) or any(n.startswith(('params/', 'batch_stats/', 'slots/')) for n in left_over):
         raise ConfigError(f'checkpoint {path} is of another model: {difference}')
     return tensors
 
 
 def load_fitting(path: Path, variables: Mapping[str, tf.Variable],
-                 prefixes: tuple[str, ...]) -> tuple[dict[str, np.ndarray], str]:
-    """Of the names with one of `prefixes`: tensors of the names and shapes of `variables`, and what does not fit."""
+                 prefixes: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str], str]:
+    """Of names with one of `prefixes`: tensors that fit `variables`, names left over, and in words what misfits."""
     reader = tf.train.load_checkpoint(str(path / 'state'))
     stored = {name: shape for name, shape in reader.get_variable_to_shape_map().items() if name.startswith(prefixes)}
     misshapen = sorted(name for name in set(variables) & set(stored) if variables[name].shape.as_list() != stored[name])
     missing, left_over = sorted(set(variables) - set(stored)), sorted(set(stored) - set(variables))
-    return ({name: reader.get_tensor(name) for name in variables if name not in {*missing, *misshapen}},
+    return ({name: reader.get_tensor(name) for name in variables if name not in {*missing, *misshapen}}, left_over,
             f'missing {_some(missing)}; left over {_some(left_over)}; other shape {_some(misshapen)}')
 
 

@@ -60,11 +60,6 @@ _CONFIGURABLES = {name: gin.external_configurable(target, name, denylist=_GIVEN.
 operative_text = gin.operative_config_str  # all parameters that the calls made so far have taken, defaults included
 _BINDINGS = gin.config._CONFIG  # {(scope, selector): {parameter: value}}, what the files say; gin clears it in place
 _MACRO = 'gin.macro'
-# A resumed run may differ in these: they say where, how often or how fast, not what is computed.
-_NOT_IN_FINGERPRINT = re.compile(
-    r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise|cache)|train\.(steps_per_loop|jit|max_steps|'
-    r'checkpoint_.*|keep_.*|log_.*|eval_.*|save_.*|bad_example_budget|max_rollbacks|grace_secs|'
-    r'step_timeout_secs|allow_config_change)')
 
 
 class Config(NamedTuple):
@@ -182,7 +177,7 @@ def _fingerprint(used: list[tuple[str, str]]) -> dict[str, str]:
             elif not any(parameter.name in bindings for (_, s), bindings in _BINDINGS.items() if s == selector):
                 raise ConfigError(f'{name}.{parameter.name} has no value: name a recipe with --gin_file, as '
                                   f"gin/imagenet.gin, or bind it with --gin_param='{name}.{parameter.name}=...'")
-    return {key: value for key, value in values.items() if not _NOT_IN_FINGERPRINT.fullmatch(key)}
+    return {key: value for key, value in values.items() if not recipe.NOT_IN_FINGERPRINT.fullmatch(key)}
 
 
 def _spelled(value: Any) -> str:

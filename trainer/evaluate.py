@@ -13,7 +13,8 @@ from trainer import checkpoint
 from trainer.bad_examples import BadExamples
 from trainer.recipe import ConfigError, Data, Evaluate, Train
 from trainer.state import TrainState, build_model_and_state
-from trainer.step import Normalize, distribute, make_estimate_loop, make_eval_loop, make_normalize
+from trainer.step import distribute, make_estimate_loop, make_eval_loop, make_normalize, make_sum_over_workers
+from trainer.strategy import find_worker
 
 
 def open_train_batches(strategy: tf.distribute.Strategy, settings: Train, state: TrainState,
@@ -25,7 +26,7 @@ def open_train_batches(strategy: tf.distribute.Strategy, settings: Train, state:
         **settings.image_size_at(int(state.step.numpy()), len(source) / rows))))
 
 
-def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
+def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Callable,
                   state: TrainState, weights: str, *, source: input_pipeline.Source, bad: BadExamples,
                   eval_dataset: Callable[..., tf.data.Dataset],
                   open_batches: Callable[[], Iterator]) -> Callable[[Callable[[], bool]], dict[str, float] | None]:
@@ -87,9 +88,11 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
         raise ConfigError("evaluate.weights is 'ema', but train.ema_decay is None: the run keeps no average")
     model, state, _ = build_model_and_state(settings, strategy, eval_source.num_classes)
     state.restore(checkpoint.load(path, state.variables()))
+    if make_sum_over_workers(strategy)(step := int(state.step.numpy())) != step * find_worker(strategy)[1]:
+        raise ConfigError(f'evaluate.checkpoint is {which.checkpoint!r}, which workers differ in: name a directory')
     evaluate = make_evaluate(
         strategy, model, settings, make_normalize(data.pixel_mean, data.pixel_std), state, which.weights,
         source=eval_source, eval_dataset=eval_dataset,
         bad=BadExamples(None, settings.bad_example_budget, lambda write: write(), eval_source),
         open_batches=lambda: open_train_batches(strategy, settings, state, train_source, train_dataset))
-    return evaluate(lambda: False) | {'step': int(state.step.numpy()), 'checkpoint': str(path)}
+    return evaluate(lambda: False) | {'step': step, 'checkpoint': str(path)}

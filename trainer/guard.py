@@ -1,7 +1,6 @@
 """Which steps are taken: pure maths.
 
-Not those whose numbers are not finite, nor those whose gradient leaps. After too many of them in a row no step is taken
-any more, so that it makes no difference how many follow before the host comes to roll the run back.
+Not those whose numbers are not finite or whose gradient leaps. After too many in a row none is, however late the host.
 """
 import tensorflow as tf
 

@@ -68,16 +68,16 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     # ---- What runs on the devices ----
     normalize = make_normalize(data.pixel_mean, data.pixel_std)
     train_loop = make_train_loop(strategy, model, state, settings, normalize=normalize, update_fn=update, schedule=rate)
-    make_bad_examples = functools.partial(BadExamples, workdir / 'bad_examples.jsonl', settings.bad_example_budget,
-                                          functools.partial(take_turns, strategy, sum_over_workers))
-    bad = make_bad_examples(train_source)
+    bad, eval_bad = (source and BadExamples(
+        workdir / 'bad_examples.jsonl', settings.bad_example_budget, functools.partial(
+            take_turns, strategy, sum_over_workers), source) for source in (train_source, eval_source))
     stalls = Stalls(sum_over_workers, *find_worker(strategy))
     open_batches = functools.partial(open_train_batches, strategy, settings, state, train_source,
                                      functools.partial(train_dataset, on_bad=bad.found, on_times=stalls.spent))
     batches = open_batches()
     evaluators = [] if eval_source is None else [
         make_evaluate(strategy, model, settings, normalize, state, weights, source=eval_source,
-                      eval_dataset=eval_dataset, bad=make_bad_examples(eval_source), open_batches=open_batches)
+                      eval_dataset=eval_dataset, bad=eval_bad, open_batches=open_batches)
         for weights in ['raw'] + ['ema'] * (settings.ema_decay is not None)]
 
     # ---- The run ----
@@ -137,9 +137,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             step, is_traced = until, True
 
             if settings.rollback_after and state.guard['skips_in_a_row'].numpy() >= settings.rollback_after:
-                saver.finish(settings.save_retry_secs)
-                sum_over_workers(0)  # all see the same checkpoints
-                before = roll_back(workdir / 'checkpoints', state, settings, step)
+                saver.finish(settings.save_retry_secs, sum_over_workers)
+                before = roll_back(workdir / 'checkpoints', state, settings, step, is_writer, sum_over_workers)
                 step, reported = before['step'], Counter(before['pending'])
                 goodput.resume(before['seconds'], sum(goodput.seconds.values()))
                 sum_over_workers(0)  # all have read them
@@ -171,8 +170,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             if is_ending or saver.is_due() or step % settings.checkpoint_every_steps == 0:
                 save()
             if is_ending:
-                saver.finish(settings.grace_secs if is_stopping else settings.save_retry_secs)
-                sum_over_workers(0)  # nobody leaves before it is saved
+                saver.finish(settings.grace_secs if is_stopping else settings.save_retry_secs, sum_over_workers)
                 logging.info('%s', goodput)
             if is_stopping and not (step == plan.last_step and is_evaluated):
                 raise StoppedEarly(f'stopped at step {step} of {plan.last_step}, and saved')

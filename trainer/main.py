@@ -63,6 +63,7 @@ def _run(signals) -> None:
     from trainer.preemption import leave_lost_peer
     loaded = config.load(_FLAGS.gin_file, _FLAGS.gin_param)
     recipes = [Path(file).stem for file in _FLAGS.gin_file if Path(file).parent.name != 'hardware']
+    require('://' not in (_FLAGS.workdir or ''), '--workdir', _FLAGS.workdir, 'a directory, as of a mounted bucket')
     workdir = Path(_FLAGS.workdir or f'runs/{(recipes or ["defaults"])[-1]}').expanduser()
     logging.info('workdir %s', workdir)
     if _FLAGS.workers or _FLAGS.worker_index is not None:

@@ -39,8 +39,8 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
             weight_decay: float = 0.0) -> Optimizer:
     """RMSprop as TensorFlow 1 computes it, under which the MobileNet and EfficientNet recipes were found.
 
-    Weight decay is L2, added to kernels' gradients. PyTorch's and Keras' mean square starts at 0, not 1; PyTorch's has
-    epsilon outside the root and the rate outside the momentum, which here goes on at the rate under which it came in.
+    Weight decay is L2, added to kernels' gradients. PyTorch's mean square starts at 0, not 1; its epsilon is outside
+    the root, its rate outside the momentum.
     Source: Tieleman and Hinton, "Neural Networks for Machine Learning", lecture 6.5, 2012; the kernel ApplyRMSProp of
     TensorFlow with the initial value of tf.compat.v1.train.RMSPropOptimizer; timm's RMSpropTF agrees.
     """
@@ -71,9 +71,8 @@ def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
 def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6, weight_decay: float = 0.01) -> Optimizer:
     """Adam whose step has, in each kernel, a length in proportion to the kernel's own: for large batches.
 
-    The step u of a kernel p, decay included, is scaled by |p| / |u|, which is not clipped, and by 1 if either is 0; all
-    else steps as in `adamw`. That only kernels get the ratio is timm's and NVIDIA's choice; the paper gives it to every
-    layer. Their clipping of the gradient's global norm to 1 is train.clip_norm = 1.0 here.
+    The step u of a kernel p, decay included, is scaled by |p| / |u|, not clipped, or 1 if either is 0, and no other: as
+    timm and NVIDIA do; the paper scales every layer. Their clipping of the global norm is train.clip_norm = 1.0 here.
     Source: You et al., "Large batch optimization for deep learning", ICLR 2020, algorithm 2; timm's Lamb.
     """
     def norm_ratio(p, u):

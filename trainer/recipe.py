@@ -1,8 +1,15 @@
 """The settings of a run as plain values: what `train.*` and `data.*` in a gin file mean, and which values are right."""
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+# A resumed run may differ in these: they say where, how often or how fast, not what is computed.
+NOT_IN_FINGERPRINT = re.compile(
+    r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise|cache)|train\.(steps_per_loop|jit|max_steps|'
+    r'checkpoint_.*|keep_.*|log_.*|eval_.*|save_.*|bad_example_budget|max_rollbacks|grace_secs|'
+    r'step_timeout_secs|allow_config_change)')
 
 
 class ConfigError(Exception):

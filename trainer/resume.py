@@ -66,7 +66,7 @@ def start_from(path: str, model: keras.Model, state: TrainState) -> None:
             raise ConfigError(f'train.initial_weights is {path!r}: {damage}; it must be a directory ckpt-<step>')
         kinds = ('params/', 'batch_stats/')
         weights = {name: variable for name, variable in state.variables().items() if name.startswith(kinds)}
-        tensors, left_out = checkpoint.load_fitting(Path(path), weights, kinds)
+        tensors, _, left_out = checkpoint.load_fitting(Path(path), weights, kinds)
         if not tensors:
             raise ConfigError(f'train.initial_weights is {path!r}, of which nothing fits: {left_out}')
         for name, tensor in tensors.items():
@@ -74,19 +74,22 @@ def start_from(path: str, model: keras.Model, state: TrainState) -> None:
         logging.info('%d of %d variables start from %s: %s', len(tensors), len(weights), path, left_out)
     else:
         try:
-            load_pytorch_weights(model, path, strict=False)  # which lists what does not fit
-        except (OSError, ValueError, ImportError) as error:
+            unfit = load_pytorch_weights(model, path, strict=False)  # which lists them
+            if len(unfit['missing'] + unfit['misshapen']) == len(model.weights):
+                raise ValueError(f'nothing in it fits; it holds {", ".join(unfit["left over"][:3])}')
+        except (OSError, TypeError, ValueError, ImportError) as error:
             raise ConfigError(f'train.initial_weights is {path!r}: {str(error).splitlines()[0]}') from error
     for key, average in state.ema.items():
         average.assign((state.params | state.batch_stats)[key])
 
 
-def roll_back(directory: Path, state: TrainState, settings: Train, step: int) -> dict[str, Any]:
+def roll_back(directory: Path, state: TrainState, settings: Train, step: int, is_writer: bool,
+              sum_over_workers: Callable[[int], int]) -> dict[str, Any]:
     """After too many skipped steps: back to the newest periodic checkpoint, and on past the examples of those steps.
 
-    The step is the checkpoint's, the position that after the last step that counted among the skipped ones, wherever
-    the loop of steps ended. Without a periodic one, a save made by the clock or by a signal is taken, to which no other
-    run would go back. Returns its meta with the tags to 'report'. Raises ConfigError: train.max_rollbacks are made.
+    The step is the checkpoint's, the position that after the last step that counted among the skipped ones. Without a
+    periodic checkpoint another is taken, to which no other run would go back. Returns its meta with the tags to
+    'report'; the checkpoint is worker 0's newest. Raises ConfigError: train.max_rollbacks are made.
     """
     rollbacks = int(state.guard['rollbacks'].numpy())
     beyond = int(state.guard['skips_in_a_row'].numpy()) - settings.rollback_after
@@ -95,8 +98,9 @@ def roll_back(directory: Path, state: TrainState, settings: Train, step: int) ->
         raise ConfigError(f'step {failed_at} was the last of train.rollback_after = {settings.rollback_after} in a row '
                           'whose numbers were not finite or leapt, and the run has been rolled back '
                           f'train.max_rollbacks = {rollbacks} times: a lower learning rate or clipping may help')
-    whole = [p for p in checkpoint.list_checkpoints(directory) if not checkpoint.find_damage(p)]
-    path = ([p for p in whole if checkpoint.step_of(p) % settings.checkpoint_every_steps == 0] or whole)[-1]
+    whole = [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(directory) if not checkpoint.find_damage(p)]
+    newest = ([s for s in whole if s % settings.checkpoint_every_steps == 0] or whole)[-1] if is_writer else 0
+    path = directory / f'ckpt-{sum_over_workers(newest):08d}'  # others may see an older state of a shared disk
     state.restore(checkpoint.load(path, state.variables()))
     state.position.assign(position)
     state.guard['rollbacks'].assign(rollbacks + 1)

@@ -2,7 +2,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,16 @@ class Saver:
         every_secs = self._every_secs if self._failing_since == math.inf else min(_RETRY_SECS, self._every_secs)
         return self._directory is not None and time.monotonic() - self._tried_at >= every_secs
 
-    def finish(self, secs: float) -> None:
-        """Waits until the last save is committed, trying again for at most `secs`. Raises SaveError."""
+    def finish(self, secs: float, sum_over_workers: Callable[[int], int]) -> None:
+        """All workers wait until the last save is committed, tried again for at most `secs`. Raises SaveError."""
         self._retry_secs = min(secs, self._retry_secs)
         self._failing_since = max(self._failing_since, time.monotonic())  # infinite, or counted anew
         self._collect()
-        while self._failing_since < math.inf:
+        while sum_over_workers(int(self._failing_since < math.inf)):  # asked all the time, or the others would give up
             time.sleep(1.0)
-            self._submit()
-            self._collect()
+            if self._failing_since < math.inf:
+                self._submit()
+                self._collect()
 
     def _submit(self) -> None:
         self._tried_at = time.monotonic()

@@ -1,5 +1,6 @@
 """Stalls: what the steps wait for when they wait for data, and what would help."""
 import logging
+import math
 import os
 import threading
 from collections import Counter
@@ -39,7 +40,7 @@ class Stalls:
         """
         with self._lock:
             secs, self._secs = self._secs, Counter()
-        steps = max(secs['steps'], 1e-9)
+        steps = secs['steps'] or math.inf  # none if only one that compiled was reported
         own = {stage: secs[stage] / steps / self._num_threads for stage in _REMEDIES}
         own['copy'] = max(0.0, 1 - sum(own.values()))
         waits = [self._value_of(worker, min(1.0, secs['wait'] / steps)) for worker in range(self._num_workers)]

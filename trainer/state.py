@@ -64,8 +64,12 @@ def build_train_state(model: keras.Model, init_slots: Callable, settings: Train)
         return {v.path.removeprefix(f'{model.name}/'): v.value for v in variables}
 
     params, batch_stats = by_path(model.trainable_variables), by_path(model.non_trainable_variables)
-    if len(params) + len(batch_stats) != len(model.variables):
-        raise ValueError(f'the variables of {model.name} do not have unique paths')
+    if (policy := model.dtype_policy.name) != keras.config.dtype_policy().name:
+        raise ValueError(f'{model.name} was built as {policy}, but train.precision is {settings.precision!r}')
+    others = [path for path, v in (params | batch_stats).items() if v.dtype != tf.float32]
+    if others or len(params) + len(batch_stats) != len(model.variables):
+        raise ValueError(f'variables of {model.name} must have unique paths and be float32, as {others} are not; for '
+                         'dropout without a variable of its own take ghostnet.keyed.KeyedDropout')
 
     def scalar(name):
         return tf.Variable(0, dtype=tf.int64, trainable=False, name=name,
@@ -102,7 +106,6 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
                           f' as {max(1, rows // unit) * unit}')
     init_slots, update = settings.optimizer()
     policy = keras.config.dtype_policy()
-    keras.utils.set_random_seed(settings.seed)
     keras.config.set_dtype_policy(settings.precision.replace('tf32', 'float32'))
     tf.config.experimental.enable_tensor_float_32_execution(settings.precision == 'tf32')  # TensorFlow's default: yes
     # Or Grappler joins sums of a large network into temporary variables, and leaves those behind in loops over parts.
@@ -110,6 +113,7 @@ def build_model_and_state(settings: Train, strategy: tf.distribute.Strategy,
     for_gpus = dict.fromkeys(('remapping', 'layout_optimizer'), has_accelerator())
     tf.config.optimizer.set_experimental_options({'arithmetic_optimization': False, **for_gpus})
     try:
+        keras.utils.set_random_seed(settings.seed)
         with strategy.scope():
             model = settings.model()
             state = build_train_state(model, init_slots, settings)

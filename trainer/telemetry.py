@@ -21,8 +21,7 @@ class Telemetry:
     def __init__(self, workdir: Path | None, resumed_step: int, *, clock: Callable[[], float] = time.time,
                  stream: TextIO | None = None):
         self._workdir, self._clock, self._stream = workdir, clock, stream or sys.stderr
-        self._is_live, self._live_width = self._stream.isatty(), 0
-        self._files = contextlib.ExitStack()
+        self._live_width, self._files = 0, contextlib.ExitStack()
         self.go_back(resumed_step)
 
     def go_back(self, step: int) -> None:
@@ -47,8 +46,7 @@ class Telemetry:
             raise ValueError(f'one report is of train tags or of eval tags, not {sorted(metrics)}')
         if self._workdir is None:
             return
-        # JSON has no NaN: a value that is none becomes null.
-        finite = {tag: value if math.isfinite(value) else None for tag, value in metrics.items()}
+        finite = {tag: value if math.isfinite(value) else None for tag, value in metrics.items()}  # JSON has no NaN
         self._unwritten += json.dumps({'step': step, 'time': self._clock(), **finite}).encode() + b'\n'
         try:
             while self._unwritten:
@@ -62,13 +60,14 @@ class Telemetry:
 
     def progress(self, text: str, *, is_lasting: bool) -> None:
         """Shows one line: on a terminal over the last one unless `is_lasting`; elsewhere only if it is."""
-        if self._workdir is None or not (self._is_live or is_lasting):
+        is_live = self._stream.isatty()  # no more after it has hung up
+        if self._workdir is None or not (is_live or is_lasting):
             return
         if not is_lasting:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where nobody set a size
             text = text[:max(1, width - 1)]
         shown, self._live_width = text.ljust(self._live_width), 0 if is_lasting else len(text)
-        show(('\r' if self._is_live else '') + shown + ('\n' if is_lasting else ''), self._stream)
+        show(('\r' if is_live else '') + shown + ('\n' if is_lasting else ''), self._stream)
 
     def close(self) -> None:
         """Flushes and closes everything; leaves the terminal on a new line."""

@@ -23,8 +23,7 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
       name: 'tfds:NAME[/CONFIG][:VERSION]', 'tfrecord', 'arrayrecord', 'folder', 'idx' or 'shapes'.
       data_dir: directory; each source says what it looks for there. `shapes` is generated there if need be. For
         'tfrecord' any that TensorFlow's file systems can read, for 'tfds:' also gs://, s3:// and az://.
-      split: as the data set names it.
-      prepare: whether TFDS may download and prepare a 'tfds:' set that is not there.
+      split: as the data set names it. prepare: whether TFDS may download and prepare a 'tfds:' set that is not there.
 
     Raises DataError if nothing usable is there; the message is one line and says what would be right.
     """

@@ -10,8 +10,8 @@ from input_pipeline.sources.source import DataError, Source
 def open_folder(data_dir: str, split: str) -> Source:
     """Opens DATA_DIR/<split>/<class>/*.{JPEG,jpg,jpeg,png}; classes and files sorted by name.
 
-    The classes of a split that lies beside `train` are those of `train`, so that a split that lacks one does not shift
-    the others. Raises DataError for no such split, a class without images, or a class that `train` does not have.
+    The classes are those of `train`, or of all splits where there is none of that name, so that a split that lacks one
+    does not shift the others. Raises DataError for no such split, a class without images or unknown to `train`.
     """
     split_dir = os.path.join(data_dir, split)
     wanted = f'wanted {data_dir}/<split>/<class>/*.JPEG (or .jpg .jpeg .png)'
@@ -21,16 +21,19 @@ def open_folder(data_dir: str, split: str) -> Source:
     found, train_dir = _directories(split_dir), os.path.join(data_dir, 'train')
     if not found:
         raise DataError(f'{split_dir} holds no class directories; {wanted}')
-    class_names = _directories(train_dir) if os.path.isdir(train_dir) else found
+    splits = ['train'] if os.path.isdir(train_dir) else _directories(data_dir)
+    class_names = sorted({name for other in splits for name in _directories(os.path.join(data_dir, other))})
     if unknown := sorted(set(found) - set(class_names)):
         raise DataError(f'{split_dir}: class {unknown[0]!r} is not among the {len(class_names)} classes of {train_dir}')
     files, labels = [], []
     for name in found:
-        images = sorted(entry.name for entry in os.scandir(os.path.join(split_dir, name))
-                        if entry.name.lower().endswith(('.jpeg', '.jpg', '.png')) and not entry.name.startswith('.'))
+        images = sorted((entry for entry in os.scandir(os.path.join(split_dir, name)) if entry.name.lower().endswith(
+            ('.jpeg', '.jpg', '.png')) and not entry.name.startswith('.')), key=lambda entry: entry.name)
         if not images:
             raise DataError(f'{os.path.join(split_dir, name)} holds no image; {wanted}')
-        files += [os.fsencode(os.path.join(name, image)) for image in images]
+        if broken := [image.path for image in images if not image.is_file()]:
+            raise DataError(f'{broken[0]} is no file, or a link to one that is not there')
+        files += [os.fsencode(os.path.join(name, image.name)) for image in images]
         labels += [class_names.index(name)] * len(images)
     files, labels = np.array(files), np.array(labels, np.int32)  # a million Python strings take far more memory
 

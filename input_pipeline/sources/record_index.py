@@ -1,8 +1,8 @@
 """The index of TFRecord shards: where the encoded image of each record lies, and its label.
 
 The index points at the image bytes inside the record, so that reading an example is one ranged read and no parsing.
-Checked when it is made: that every record ends inside its file, has the checksums it was written with, and holds one
-image and one label. A record whose payload has another checksum has no label here; all else that is wrong is refused.
+When it is made every record must end inside its file, have right checksums, and hold one image and one label. One whose
+payload has another checksum has no label here; all else that is wrong is refused.
 """
 import struct
 from collections.abc import Sequence

@@ -11,22 +11,15 @@ class DataError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Random access to the encoded images and labels of one split.
+    """Random access to the encoded images and labels of one split."""
 
-    Attributes:
-      name: what was opened, for messages.
-      size: number of examples.
-      class_names: name of each label 0..num_classes-1.
-      read: int64 [n] indices -> (n encoded images, int32 [n] labels). Any number of threads may call it at once.
-      where: index -> file and record of that example, for messages.
-      problem: index -> why that example cannot be used whatever its image is, or ''. Its image is read as b''.
-    """
-
-    name: str
-    size: int
-    class_names: Sequence[str]
+    name: str  # what was opened, for messages
+    size: int  # number of examples
+    class_names: Sequence[str]  # of the labels 0..num_classes-1
+    # int64 [n] indices -> (n encoded images, int32 [n] labels). Any number of threads may call it at once.
     read: Callable[[np.ndarray], tuple[list[bytes], np.ndarray]]
-    where: Callable[[int], str]
+    where: Callable[[int], str]  # index -> file and record of that example, for messages
+    # index -> why that example cannot be used whatever its image is, or ''. Its image is read as b''.
     problem: Callable[[int], str] = lambda index: ''
 
     @property

@@ -19,7 +19,7 @@ def open_tfrecord(data_dir: str, split: str) -> Source:
     """Opens DATA_DIR/<split>-?????-of-?????, records with `image/encoded` and `image/class/label`.
 
     Labels count from 0, or from 1 as in ImageNet shards that keep 0 for "background": from the smallest of the `train`
-    split, or of this one where no `train` lies beside it, since a small split need not hold every class. The largest
+    split, or of all where none has that name, since a small split need not hold every class. The largest
     gives the number of classes. Raises DataError if shards are missing or damaged, or the labels fit neither rule.
     """
     def load(split):
@@ -96,10 +96,11 @@ def find_shards(data_dir: str, split: str, suffix: str = '') -> list[str]:
 def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], data_dir: str, split: str,
                suffix: str = '') -> tuple[int, list[str]]:
     """Class 0's label and the classes' names by the rule of `open_tfrecord`; DataError if it does not fit the split."""
-    rule_split = 'train' if 'train' in _list_shards(data_dir, suffix).values() else split
-    rule_labels = labels if rule_split == split else load_labels(rule_split)
+    splits = set(_list_shards(data_dir, suffix).values())
+    rule_splits = ', '.join(sorted({'train'} & splits or splits))
+    rule_labels = np.concatenate([labels if s == split else load_labels(s) for s in rule_splits.split(', ')])
     rule_labels = rule_labels[rule_labels != NO_LABEL]
-    what = f'{rule_split} of {data_dir}'
+    what = f'{rule_splits} of {data_dir}'
     if not len(rule_labels):
         raise DataError(f'{what}: the shards hold no record')
     first, last = int(rule_labels.min()), int(rule_labels.max())
@@ -107,7 +108,7 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
         raise DataError(f'{what}: labels are {first}..{last}; the smallest must be 0 or 1')
     num_classes = last - first + 1
     _log.info('%s: labels %d..%d count from %d, %d classes', what, first, last, first, num_classes)
-    check_labels(labels, num_classes, f'{split} of {data_dir}', f'{rule_split} has {first}..{last}', first)
+    check_labels(labels, num_classes, f'{split} of {data_dir}', f'{rule_splits} has {first}..{last}', first)
     return first, [str(i) for i in range(num_classes)]
 
 

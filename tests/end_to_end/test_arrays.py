@@ -54,6 +54,16 @@ def test_fits_what_can_be_told_apart_and_resumes(tmp_path):
         np.testing.assert_array_equal(weight, other)
     with pytest.raises(ConfigError, match='another recipe'):
         fit(again, workdir=tmp_path, label_smoothing=0.1)
+    assert fit(again, workdir=tmp_path, steps_per_loop=7, keep_checkpoints=1) == result  # which no result depends on
+
+
+def test_models_that_cannot_be_trained_as_they_are():
+    with pytest.raises(ConfigError, match="built as float32, but train.precision is 'mixed_bfloat16'"):
+        fit(ghostnet(CLASSES, 0.25, image_size=None), precision='mixed_bfloat16')
+    images = keras.Input((32, 32, 3))
+    features = keras.layers.Dropout(0.1)(keras.layers.Flatten()(images))
+    with pytest.raises(ConfigError, match='seed_generator_state.*KeyedDropout'):
+        fit(keras.Model(images, keras.layers.Dense(CLASSES)(features)))
 
 
 def test_inside_the_scope_of_a_strategy():

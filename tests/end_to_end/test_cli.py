@@ -235,6 +235,12 @@ def test_a_training_split_kept_in_memory_is_read_once(command, monkeypatch, tmp_
     assert reads['validation'] % NUM_EVAL == 0
 
 
+def test_a_workdir_far_away_is_refused(command, folder, recipe):
+    """It would be a directory here that is named like it."""
+    assert_refused(command(f'--gin_file={recipe}', f'--data_dir={folder}', '--workdir=gs://bucket/run'),
+                   '--workdir', 'gs://bucket/run', 'mounted')
+
+
 # Weights to start from
 
 def test_a_new_run_starts_from_the_weights_of_another(command, tmp_path, trained, folder, recipe, snapshot):
@@ -268,9 +274,11 @@ def test_a_new_run_starts_from_a_pytorch_file(command, tmp_path, folder, recipe)
     np.testing.assert_array_equal(kernel.transpose(3, 2, 0, 1), state['conv_stem.weight'])
 
 
-@pytest.mark.parametrize('name', ['nowhere.npz', 'nowhere', 'nothing.txt'])
+@pytest.mark.parametrize('name', ['nowhere.npz', 'nowhere', 'nothing.txt', 'cut.npz', 'other.npz'])
 def test_weights_that_are_none(command, tmp_path, folder, recipe, name):
     (tmp_path / 'nothing.txt').write_text('no weights')
+    np.savez(tmp_path / 'other.npz', foo=np.zeros(3))
+    (tmp_path / 'cut.npz').write_bytes((tmp_path / 'other.npz').read_bytes()[:-10])
     assert_refused(command(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "work"}',
                            f"--gin_param=train.initial_weights='{tmp_path / name}'"),
                    'train.initial_weights', tmp_path / name)

@@ -51,11 +51,15 @@ def bad(photo, encode):
     jpeg, png = encode(image), bytearray(encode(image, 'PNG'))
     png[16:24] = struct.pack('>II', 60_000, 60_000)
     png[29:33] = struct.pack('>I', zlib.crc32(png[12:29]))
+    # One frame that is larger than the whole.
+    gif = (b'GIF89a' + struct.pack('<HHBBB', 10, 10, 0x80, 0, 0) + bytes(6) + b','
+           + struct.pack('<HHHHB', 0, 0, 30_000, 30_000, 0) + b'\x02\x02\x4c\x01\x00;')
     return {'empty': (b'', 'empty'), 'truncated': (jpeg[:len(jpeg) // 2], 'JPEG'),
             'page': (b'<html>404</html>', '<html>'), 'webp': (encode(image, 'WEBP'), 'RIFF'),
             'header only': (jpeg[:20], 'JPEG'),
             'bomb': (with_size(jpeg, 60_000, 60_000), '60000'), 'no pixels': (with_size(jpeg, 0, 40), 'JPEG'),
-            'png bomb': (bytes(png), '60000')}
+            'png bomb': (bytes(png), '60000'), 'gif bomb': (gif, 'GIF'),
+            '16 bits': (encode(Image.fromarray(np.arange(0, 65_000, 50, np.uint16).reshape(26, 50)), 'PNG'), 'I;16')}
 
 
 def write(kind, directory, images, writers):

@@ -265,7 +265,9 @@ def test_a_file_that_vanished_is_named(folders):
     ({'shard': 2, 'num_shards': 2}, 'shard (2)'), ({'seed': -1}, 'seed (-1)'), ({'start_position': -8}, '(-8)'),
     *(({'augment': make}, 'without ()') for make in (input_pipeline.make_rand_augment, input_pipeline.make_auto_augment,
                                                      input_pipeline.make_color_jitter)),
-    ({'crop': input_pipeline.make_random_shift}, 'without ()')])
+    ({'crop': input_pipeline.make_random_shift}, 'without ()'),
+    ({'crop': input_pipeline.make_random_shift(-1)}, 'fails'), ({'image_size': 0}, 'fails'),
+    ({'crop': input_pipeline.make_random_resized_crop(scale=(0.5,))}, 'fails')])
 def test_wrong_arguments_are_told(source, options, words):
     with pytest.raises(ValueError) as error:
         train(source, 1, **options)

@@ -63,6 +63,20 @@ def test_the_train_folder_decides_which_label_a_class_has(folder):
     assert_data_error(["'other'", 'train'], 'folder', folder, 'val')
 
 
+def test_without_a_train_folder_all_splits_decide(folder):
+    (folder / 'train').rename(folder / 'training')
+    shutil.copytree(folder / 'training' / 'n3', folder / 'val' / 'n3')
+    source = input_pipeline.open_source('folder', folder, 'val')
+    assert list(source.class_names) == ['n0', 'n1', 'n2', 'n3', 'n4']
+    assert {source[i][1] for i in range(len(source))} == {3}
+
+
+def test_a_link_to_nothing_is_refused(folder):
+    link = folder / 'train' / 'n1' / 'z.jpg'
+    link.symlink_to(folder / 'gone.jpg')
+    assert_data_error([link, 'not there'], 'folder', folder)
+
+
 def test_wrong_folders(folder):
     assert_data_error([folder / 'test', 'train', '<class>/*.JPEG'], 'folder', folder, 'test')
     (folder / 'train' / 'n2b').mkdir()

@@ -33,6 +33,8 @@ def test_the_train_split_decides_from_where_a_small_split_counts(tmp_path, examp
             shutil.copy(tmp_path / name, tmp_path / 'alone')
     alone = input_pipeline.open_source('tfrecord', tmp_path / 'alone', 'validation')
     assert_holds(alone, [(encoded, label - 1) for encoded, label in validation], num_classes=3)
+    write_tfrecords(tmp_path / 'alone', 'training', examples)  # no split is named train: all of them decide
+    assert_holds(input_pipeline.open_source('tfrecord', tmp_path / 'alone', 'validation'), validation)
 
 
 @pytest.mark.parametrize(('train_labels', 'labels', 'words'), [

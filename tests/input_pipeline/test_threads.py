@@ -30,6 +30,18 @@ def test_an_error_comes_back_when_nothing_runs_any_more():
     assert len(seen) == 200
 
 
+def test_threads_that_cannot_be_started_are_an_error(monkeypatch):
+    """Or what they should have read would be whatever the memory held."""
+    class Full:
+        def submit(self, function, item):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads, '_POOL', Full())
+    with pytest.raises(RuntimeError, match='new thread'):
+        threads.for_each(print, range(3))
+    assert threads._callers == []
+
+
 @pytest.mark.parametrize('num_batches', [0, 1, 5])
 def test_a_program_that_ends_amid_reading_ends_quietly(num_batches):
     program = f"""

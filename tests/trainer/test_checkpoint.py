@@ -226,6 +226,9 @@ def test_every_file_is_flushed_before_the_name_is_given(directory, monkeypatch):
         ({'params/head/kernel': None, 'params/neck/kernel': [2, 3]},
          ['missing params/neck/kernel', 'left over params/head/kernel', 'other shape none']),
         ({f'params/{i}/kernel': [1] for i in range(6)}, ['missing params/0/kernel', 'params/2/kernel and 3 more']),
+        ({'params/head/kernel': None}, ['missing none', 'left over params/head/kernel', 'other shape none']),
+        ({'batch_stats/bn/moving_mean': None}, ['missing none', 'left over batch_stats/bn/moving_mean']),
+        ({'slots/momentum/head/kernel': None}, ['missing none', 'left over slots/momentum/head/kernel']),
     ],
 )
 def test_another_model_is_refused_in_one_line(directory, change, words):

@@ -61,7 +61,7 @@ def test_a_save_holds_the_values_of_its_step_while_training_goes_on(tmp_path, va
     variables['params/kernel'].assign_add(tf.ones([4, 3]))
     assert names(tmp_path) == []
     is_open.set()
-    writer.finish(10)
+    writer.finish(10, int)
     assert stored(tmp_path / 'ckpt-00000010', variables) == 10
 
 
@@ -69,7 +69,7 @@ def test_what_is_kept(tmp_path, variables):
     writer = Saver(tmp_path, variables, settings(keep_every_steps=40))
     for step in (10, 20, 30, 40, 50, 60, 63, 66, 69):  # the last three by the clock
         writer.save(step, {})
-    writer.finish(10)
+    writer.finish(10, int)
     # Every 40th; the newest two; and the newest that any other run makes too, to roll back to.
     assert names(tmp_path) == ['ckpt-00000040', 'ckpt-00000060', 'ckpt-00000066', 'ckpt-00000069']
     checkpoint.remove_after(tmp_path, 60)
@@ -82,7 +82,7 @@ def test_what_is_kept(tmp_path, variables):
 def test_what_cannot_be_saved_is_said_and_tried_again(tmp_path, variables, broken, caplog, error):
     writer = Saver(tmp_path, variables, settings())
     writer.save(10, {})
-    writer.finish(10)
+    writer.finish(10, int)
     broken['error'] = error
     writer.save(20, {})
     while not writer.is_due():  # the thread has not failed yet
@@ -91,7 +91,7 @@ def test_what_cannot_be_saved_is_said_and_tried_again(tmp_path, variables, broke
     assert 'CANNOT SAVE' in caplog.text and str(tmp_path) in caplog.text
     broken['error'] = None
     writer.save(21, {})
-    writer.finish(10)
+    writer.finish(10, int)
     assert names(tmp_path) == ['ckpt-00000010', 'ckpt-00000021'] and not writer.is_due()
 
 
@@ -100,7 +100,7 @@ def test_the_last_save_is_tried_until_it_succeeds(tmp_path, variables, broken):
     writer = Saver(tmp_path, variables, settings())
     writer.save(10, {})
     threading.Timer(1.5, lambda: broken.update(error=None)).start()
-    writer.finish(60)
+    writer.finish(60, int)
     assert names(tmp_path) == ['ckpt-00000010'] and broken['tries'] >= 2
 
 
@@ -113,7 +113,7 @@ def test_what_has_failed_and_was_said_is_still_tried_before_a_run_goes_back(tmp_
     monkeypatch.setattr(saver, '_RETRY_SECS', 60.0)
     assert not writer.is_due()
     broken['error'] = None
-    writer.finish(10)
+    writer.finish(10, int)
     assert names(tmp_path) == ['ckpt-00000010']
 
 
@@ -129,7 +129,7 @@ def test_it_ends_when_nothing_can_be_saved_for_too_long(tmp_path, variables, bro
     writer = Saver(tmp_path, variables, settings())
     writer.save(10, {})
     with pytest.raises(SaveError):
-        writer.finish(1.5)
+        writer.finish(1.5, int)
 
 
 def test_by_the_clock(tmp_path, variables):
@@ -144,7 +144,7 @@ def test_by_the_clock(tmp_path, variables):
 def test_of_many_workers_one_saves(tmp_path, variables):
     writer = Saver(None, variables, settings(checkpoint_every_secs=1e-9))
     writer.save(10, {})
-    writer.finish(1)
+    writer.finish(1, int)
     assert not writer.is_due() and not list(tmp_path.iterdir())
 
 
@@ -158,3 +158,22 @@ def test_the_best_is_kept_and_a_failure_is_said(tmp_path, variables, broken, cap
     with caplog.at_level(logging.WARNING):
         keep_best(tmp_path, 4, {'eval/top1': 0.9, 'eval_ema/top1': 0.9}, variables, {})
     assert names(tmp_path) == ['ckpt-00000002'] and 'CANNOT SAVE' in caplog.text
+
+
+def test_the_other_workers_are_told_all_the_time_that_one_cannot_save(tmp_path, variables, broken):
+    """Or they would take it for lost: all come to as many sums, and leave them together."""
+    writer, other, sums = Saver(tmp_path, variables, settings()), Saver(None, variables, settings()), []
+    broken['error'] = OSError(errno.ENOSPC, 'full')
+    writer.save(10, {})
+
+    def sum_of_writer(value):
+        sums.append(value)
+        if len(sums) == 2:
+            broken['error'] = None
+        return value
+
+    writer.finish(60, sum_of_writer)
+    assert sums == [1, 1, 0] and names(tmp_path) == ['ckpt-00000010']
+    values = iter(sums)
+    other.finish(60, lambda value: value + next(values))
+    assert next(values, None) is None

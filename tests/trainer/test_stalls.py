@@ -89,3 +89,11 @@ def test_all_workers_hear_of_the_worst(caplog):
     assert found[0]['train/worst_data_wait'] == pytest.approx(0.4)
     assert found[0]['train/input_read'] == pytest.approx(0.9)
     assert 'on worker 1, the worst' in caplog.text
+
+
+def test_a_report_of_nothing_but_a_compiled_loop_says_nothing_of_the_input():
+    stalls = one_worker()
+    stalls.spent_on_steps(5.0, 1.0, is_traced=False)
+    stalls.spent({'decode': 0.2})
+    metrics = stalls.metrics()
+    assert metrics['train/input_decode'] == metrics['train/worst_data_wait'] == 0

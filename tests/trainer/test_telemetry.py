@@ -154,6 +154,17 @@ def terminal():
     os.close(master)
 
 
+def test_a_terminal_that_hangs_up_does_not_end_the_run(workdir):
+    master, slave = os.openpty()
+    with os.fdopen(slave, 'w') as stream:
+        telemetry = Telemetry(workdir, 0, stream=stream)
+        telemetry.progress('a bar', is_lasting=False)
+        os.close(master)
+        for is_lasting in (False, True, False):
+            telemetry.progress('the next', is_lasting=is_lasting)
+        telemetry.close()
+
+
 def screen(written):
     """The lines that a terminal shows: a carriage return goes back to the first column, text overwrites."""
     rows, column = [''], 0
