@@ -18,9 +18,8 @@ from ghostnet.keyed import StepContext, current_step
 class BatchNorm(keras.layers.Layer):
     """Batch normalisation over [B, H, W, C] through the device's fused kernel, with PyTorch's constants.
 
-    epsilon 1e-5; moving = 0.9 * moving + 0.1 * batch, the batch variance being the unbiased one. Variables and
-    statistics are float32 whatever the compute dtype. Keras' own layer runs unfused (1.6 times slower a step), keeps
-    the biased variance, and cannot take the statistics of all replicas inside a compiled step.
+    epsilon 1e-5; moving = 0.9 * moving + 0.1 * batch, its variance unbiased; variables, statistics float32. Keras' own
+    runs unfused (1.6 times slower a step), keeps the biased variance, and cannot synchronise in a compiled step.
     """
 
     def __init__(self, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs):

@@ -1,4 +1,5 @@
 """How a process ends itself from any thread, whatever the others wait for. Lowest of all: every module may have to."""
+import errno
 import os
 import sys
 from typing import NoReturn, TextIO
@@ -22,5 +23,6 @@ def show(text: str, stream: TextIO) -> None:
     """Writes to a terminal or a pipe, if anybody reads it."""
     try:
         print(text, end='', file=stream, flush=True)
-    except OSError:  # who read it has ended, as `tee` does on Ctrl-C: the run goes on to its checkpoint
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as error:  # who read it has ended, as `tee` does on Ctrl-C: the run goes on to its checkpoint
+        if error.errno != errno.ENOSPC:  # or it is a file on a disk that is full, which may have room again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

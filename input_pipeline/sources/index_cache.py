@@ -18,9 +18,8 @@ _FORMAT = 2
 def cached_array(paths: Sequence[str], name: str, key: str, build: Callable[[], np.ndarray]) -> np.ndarray:
     """`build()`, or its result from an earlier call on the same shards.
 
-    The cache is `<name>-<hash of the shards' names>.ghostnet-index.npz` beside the shards or, when that directory
-    cannot be written or is remote, in `$XDG_CACHE_HOME/ghostnet` (`~/.cache/ghostnet`). It no longer holds when `key`
-    or the name, size or time of any shard changed.
+    The cache is `<name>-<hash of the shards' names>.ghostnet-index.npz` beside the shards or, if none can be written,
+    in `$XDG_CACHE_HOME/ghostnet` (`~/.cache/ghostnet`). It is out of date if `key` or a name, size or time changed.
     """
     fingerprint = json.dumps([_FORMAT, key, in_parallel(_name_size_time, paths)])
     beside = os.path.dirname(paths[0] if '://' in paths[0] else os.path.abspath(paths[0]))

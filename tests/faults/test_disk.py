@@ -42,7 +42,8 @@ class Run:
     """The trainer in a process of its own, on a disk that can be made to fail."""
 
     def __init__(self, workdir, recipe, folder, shim=None, **settings):
-        self.workdir, self.log = workdir, workdir.with_suffix('.log')
+        self.workdir = workdir
+        self.log = workdir.parents[1] / f'{workdir.parent.name}-{workdir.name}.log'  # not on the disk that is filled
         self.control = workdir.with_suffix('.control')
         environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY), 'FAILING_DISK': f'{workdir}/',
                        'FAILING_DISK_CONTROL': str(self.control)}

@@ -165,6 +165,18 @@ def test_a_terminal_that_hangs_up_does_not_end_the_run(workdir):
         telemetry.close()
 
 
+def test_a_log_on_a_full_disk_is_written_again_when_it_has_room(workdir, tmp_path):
+    stream = open('/dev/full', 'w', encoding='utf-8')
+    telemetry = Telemetry(workdir, 0, stream=stream)
+    telemetry.progress('lost for now', is_lasting=True)
+    with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
+        os.dup2(log.fileno(), stream.fileno())  # there is room
+    telemetry.progress('the next', is_lasting=True)
+    telemetry.close()
+    stream.close()
+    assert (tmp_path / 'log').read_text().splitlines()[-1] == 'the next'
+
+
 def screen(written):
     """The lines that a terminal shows: a carriage return goes back to the first column, text overwrites."""
     rows, column = [''], 0
