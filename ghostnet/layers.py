@@ -110,8 +110,8 @@ class Conv(keras.layers.Layer):
 def _depthwise_on_small_map(x: tf.Tensor, kernel: tf.Tensor):
     """Depthwise convolution of stride 1 on maps smaller than the kernel, with another gradient of the kernel.
 
-    The CPU's own takes four times as long on [64, 2, 2, 480], where images of less than 64 pixels end: all pairs of
-    places of x and upstream, summed over images, and of these for each tap the sum of its own.
+    The CPU's own takes four times as long on [64, 2, 2, 480], where images of less than 64 pixels end. Each place of x
+    is multiplied with each of upstream, summed over images; a tap's gradient is the sum over its pairs.
     """
     def grad(upstream):
         height, width, size = x.shape[1], x.shape[2], kernel.shape[0]

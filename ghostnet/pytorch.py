@@ -16,10 +16,13 @@ from typing import Any
 
 import keras
 import numpy as np
+import safetensors.numpy
 
 from ghostnet.model import BLOCKS, ghostnet
 
 NAMINGS = ('timm', 'official')  # the same names for version 1
+# Of damaged files, besides OSError and ValueError.
+_READ_ERRORS = (zipfile.BadZipFile, safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError)
 
 _PARAMETERS = {'kernel': 'weight', 'bias': 'bias', 'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean',
                'moving_variance': 'running_var'}
@@ -115,24 +118,20 @@ def _to_numpy(value: Any) -> np.ndarray:
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    if path.endswith('.npz') and zipfile.is_zipfile(path):
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    if path.endswith('.safetensors'):
-        import safetensors.numpy  # only this format needs it
-        try:
+    if not path.endswith(('.npz', '.safetensors', '.pth', '.pt')):
+        raise ValueError(f'{path} is no file of PyTorch weights: it must be .pth, .pt, .safetensors or .npz')
+    try:
+        if path.endswith('.npz'):
+            with np.load(path, allow_pickle=False) as archive:
+                return dict(archive)
+        if path.endswith('.safetensors'):
             return safetensors.numpy.load_file(path)
-        except (safetensors.SafetensorError, AttributeError) as error:  # the latter of types that NumPy lacks
-            raise ValueError(f'{path} is no intact .safetensors file of floats: {error}') from error
-    if path.endswith(('.pth', '.pt')):
-        try:
-            import torch
-            return torch.load(path, map_location='cpu', weights_only=True)
-        except ImportError as error:
-            raise ImportError(f'{path} needs torch: install it, or give .safetensors or .npz') from error
-        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f'{path} is no state dict that is intact: {str(error).splitlines()[0]}') from error
-    raise ValueError(f'{path} is no file of PyTorch weights: it must be .pth, .pt, .safetensors or .npz, and intact')
+        import torch
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except ImportError as error:
+        raise ImportError(f'{path} needs torch: install it, or give .safetensors or .npz') from error
+    except (*_READ_ERRORS, AttributeError) as error:  # the latter of types that NumPy lacks
+        raise ValueError(f'{path} is no intact file of weights: {str(error).partition(chr(10))[0]}') from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Which steps are taken: pure maths.
 
-Not those whose numbers are not finite or whose gradient leaps. After too many in a row none is, however late the host.
+Not those whose numbers are not finite or whose gradient leaps; after too many in a row none until the run rolls back.
 """
 import tensorflow as tf
 

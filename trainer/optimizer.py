@@ -71,8 +71,8 @@ def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
 def lamb(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6, weight_decay: float = 0.01) -> Optimizer:
     """Adam whose step has, in each kernel, a length in proportion to the kernel's own: for large batches.
 
-    The step u of a kernel p, decay included, is scaled by |p| / |u|, not clipped, or 1 if either is 0, and no other: as
-    timm and NVIDIA do; the paper scales every layer. Their clipping of the global norm is train.clip_norm = 1.0 here.
+    The step u of a kernel p, decay included, is scaled by |p| / |u|, not clipped, or by 1 if either is 0; of no
+    other, as by timm and NVIDIA; the paper's is of every layer. Their clipping is train.clip_norm = 1.0 here.
     Source: You et al., "Large batch optimization for deep learning", ICLR 2020, algorithm 2; timm's Lamb.
     """
     def norm_ratio(p, u):

@@ -98,7 +98,8 @@ def roll_back(directory: Path, state: TrainState, settings: Train, step: int, is
         raise ConfigError(f'step {failed_at} was the last of train.rollback_after = {settings.rollback_after} in a row '
                           'whose numbers were not finite or leapt, and the run has been rolled back '
                           f'train.max_rollbacks = {rollbacks} times: a lower learning rate or clipping may help')
-    whole = [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(directory) if not checkpoint.find_damage(p)]
+    whole = [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(directory)
+             if is_writer and not checkpoint.find_damage(p)]
     newest = ([s for s in whole if s % settings.checkpoint_every_steps == 0] or whole)[-1] if is_writer else 0
     path = directory / f'ckpt-{sum_over_workers(newest):08d}'  # others may see an older state of a shared disk
     state.restore(checkpoint.load(path, state.variables()))

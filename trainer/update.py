@@ -24,9 +24,9 @@ def make_update(update_fn: Callable, schedule: Callable[[tf.Tensor], tf.Tensor],
             grads = {path: g / loss_scale['loss_scale'] for path, g in grads.items()}
         norm = tf.linalg.global_norm(list(grads.values()))
         is_finite = tf.math.is_finite(tf.linalg.global_norm([norm, loss, *new_stats.values()]))
-        searches = ~is_finite & (loss_scale['loss_scale'] > MIN_SCALE) if loss_scale else False
+        is_searching = ~is_finite & (loss_scale['loss_scale'] > MIN_SCALE) if loss_scale else False
         is_taken, new_guard = next_guard(guard, is_finite, norm, settings.spike_factor, settings.rollback_after,
-                                         searches)
+                                         is_searching)
 
         def take():
             clipped = grads

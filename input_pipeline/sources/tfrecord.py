@@ -97,10 +97,10 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
                suffix: str = '') -> tuple[int, list[str]]:
     """Class 0's label and the classes' names by the rule of `open_tfrecord`; DataError if it does not fit the split."""
     splits = set(_list_shards(data_dir, suffix).values())
-    rule_splits = ', '.join(sorted({'train'} & splits or splits))
-    rule_labels = np.concatenate([labels if s == split else load_labels(s) for s in rule_splits.split(', ')])
+    rule_splits = sorted({'train'} & splits or splits)
+    rule_labels = np.concatenate([labels if s == split else load_labels(s) for s in rule_splits])
     rule_labels = rule_labels[rule_labels != NO_LABEL]
-    what = f'{rule_splits} of {data_dir}'
+    what = f'{", ".join(rule_splits)} of {data_dir}'
     if not len(rule_labels):
         raise DataError(f'{what}: the shards hold no record')
     first, last = int(rule_labels.min()), int(rule_labels.max())
@@ -108,7 +108,7 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
         raise DataError(f'{what}: labels are {first}..{last}; the smallest must be 0 or 1')
     num_classes = last - first + 1
     _log.info('%s: labels %d..%d count from %d, %d classes', what, first, last, first, num_classes)
-    check_labels(labels, num_classes, f'{split} of {data_dir}', f'{rule_splits} has {first}..{last}', first)
+    check_labels(labels, num_classes, f'{split} of {data_dir}', f'{", ".join(rule_splits)} has {first}..{last}', first)
     return first, [str(i) for i in range(num_classes)]
 
 

@@ -274,11 +274,13 @@ def test_a_new_run_starts_from_a_pytorch_file(command, tmp_path, folder, recipe)
     np.testing.assert_array_equal(kernel.transpose(3, 2, 0, 1), state['conv_stem.weight'])
 
 
-@pytest.mark.parametrize('name', ['nowhere.npz', 'nowhere', 'nothing.txt', 'cut.npz', 'other.npz'])
+@pytest.mark.parametrize('name', ['nowhere.npz', 'nowhere', 'nothing.txt', 'cut.npz', 'damaged.npz', 'other.npz'])
 def test_weights_that_are_none(command, tmp_path, folder, recipe, name):
     (tmp_path / 'nothing.txt').write_text('no weights')
     np.savez(tmp_path / 'other.npz', foo=np.zeros(3))
-    (tmp_path / 'cut.npz').write_bytes((tmp_path / 'other.npz').read_bytes()[:-10])
+    whole = (tmp_path / 'other.npz').read_bytes()
+    (tmp_path / 'cut.npz').write_bytes(whole[:-10])
+    (tmp_path / 'damaged.npz').write_bytes(whole.replace(bytes(24), b'x' * 24))
     assert_refused(command(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "work"}',
                            f"--gin_param=train.initial_weights='{tmp_path / name}'"),
                    'train.initial_weights', tmp_path / name)
