@@ -3,24 +3,27 @@
     python benchmarks/train_step.py --image_size=56 --global_batch_size=128
 
 Compares one part a batch under TensorFlow's own threads, parts that run side by side (train.accumulate and
-build_strategy.op_threads = 1), and replicas on logical CPUs. Each measurement is a process of its own, since threads
-are set once for a process; the ways take turns, and the medians count. Prints one JSON object.
+build_strategy.op_threads = 1), and replicas on logical CPUs. Each way is a process of its own, since threads
+are set once for a process; the ways take turns of seconds, and the medians count. Prints one JSON object.
 """
 import argparse
+import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measure(image_size: int, global_batch_size: int, *, num_steps: int, width: float = 1.0, accumulate: int = 1,
-            all_reduce_dtype: str = 'float32', **strategy_settings) -> float:
-    """Images a second over all workers: the median of five loops of `num_steps` steps, after two steps to warm up."""
+def make_measure(image_size: int, global_batch_size: int, *, width: float = 1.0, accumulate: int = 1,
+                 all_reduce_dtype: str = 'float32', **strategy_settings) -> Callable[[int], float]:
+    """measure(num_steps), images a second over all workers; compiled and warm."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     sys.path.insert(0, str(ROOT))
     import numpy as np
@@ -51,27 +54,55 @@ def measure(image_size: int, global_batch_size: int, *, num_steps: int, width: f
             'mask': np.ones(rows, np.float32)}).repeat()
 
     batches = iter(distribute(strategy, make_dataset))
-    rates = []
-    for steps in (2, *[num_steps] * 5):
+
+    def measure(num_steps: int) -> float:
         start = time.perf_counter()
-        float(train_loop(batches, tf.constant(steps))['loss'])
-        rates.append(steps * global_batch_size / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
+        float(train_loop(batches, tf.constant(num_steps))['loss'])
+        return num_steps * global_batch_size / (time.perf_counter() - start)
+
+    measure(2)
+    return measure
 
 
-def measure_in_process(settings: dict, *, cores: str | None = None, **variables: str) -> subprocess.Popen:
-    """Starts `measure` in a process of its own, on these cores; it prints the number."""
-    command = [sys.executable, __file__, '--measure', json.dumps(settings)]
-    return subprocess.Popen((['taskset', '-c', cores] if cores else []) + command, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, **variables})
+def start(settings: dict, cores: str | None = None, **variables: str) -> subprocess.Popen:
+    """A process with `make_measure(**settings)` on these cores, which does nothing until it is told to."""
+    command = [sys.executable, __file__, '--serve', json.dumps(settings)]
+    return subprocess.Popen((['taskset', '-c', cores] if cores else []) + command, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
 
 
-def result_of(process: subprocess.Popen) -> float:
-    """What a process of `measure_in_process` printed."""
-    stdout, _ = process.communicate()
-    if process.returncode:
-        sys.exit(process.returncode)
-    return float(stdout.split()[-1])
+def serve(settings: dict) -> None:
+    """That process: for each number of steps that it reads, prints the rate."""
+    measure = make_measure(**settings)
+    print('ready', flush=True)
+    for line in sys.stdin:
+        print(measure(int(line)), flush=True)
+
+
+def ask(processes: Sequence[subprocess.Popen], num_steps: int) -> list[float]:
+    """The rates of processes that measure at the same time."""
+    for process in processes:
+        print(num_steps, file=process.stdin, flush=True)
+    return [float(answer(process)) for process in processes]
+
+
+def answer(process: subprocess.Popen) -> str:
+    """The next line of a process of `start`; exits if it ended, whose last words are on standard error."""
+    return process.stdout.readline() or sys.exit(f'a measurement ended with exit code {process.wait()}')
+
+
+def take_turns(ways: Mapping[str, Sequence[subprocess.Popen]], num_steps: int, rounds: int) -> dict[str, list[list]]:
+    """rates[way][round], of each process; each way once a round, in another order each round. Ways may share some."""
+    processes = set(itertools.chain(*ways.values()))
+    for process in processes:
+        answer(process)
+    order, rates = random.Random(0), {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in order.sample(list(ways), len(ways)):
+            rates[way].append(ask(ways[way], num_steps))
+    for process in processes:
+        process.kill()
+    return rates
 
 
 def main() -> None:
@@ -80,24 +111,23 @@ def main() -> None:
     parser.add_argument('--image_size', type=int, default=56)
     parser.add_argument('--global_batch_size', type=int, default=128)
     parser.add_argument('--num_steps', type=int, default=10)
-    parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--measure', type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument('--rounds', type=int, default=10)
+    parser.add_argument('--serve', type=json.loads, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    if flags.measure:
-        print(measure(**flags.measure))
+    if flags.serve:
+        serve(flags.serve)
         return
     cores = len(os.sched_getaffinity(0))
     ways = {"one part, TensorFlow's threads": {'name': 'one_device'},
             'one part, one thread an operation': {'name': 'one_device', 'op_threads': 1},
             f'{cores} parts, one thread an operation': {'name': 'one_device', 'op_threads': 1, 'accumulate': cores},
             f'{cores} replicas, one thread an operation': {'name': 'mirrored', 'num_devices': cores, 'op_threads': 1}}
-    shared = {'image_size': flags.image_size, 'global_batch_size': flags.global_batch_size,
-              'num_steps': flags.num_steps}
-    rates = {way: [] for way in ways}
-    for _ in range(flags.repeats):
-        for way, settings in ways.items():
-            rates[way].append(result_of(measure_in_process(shared | settings)))
-    print(json.dumps(shared | {'num_cores': cores, 'repeats': flags.repeats, 'images_per_sec': {
+    shared = {'image_size': flags.image_size, 'global_batch_size': flags.global_batch_size}
+    rates = take_turns({way: [start(shared | settings)] for way, settings in ways.items()}, flags.num_steps,
+                       flags.rounds)
+    rates = {way: [rate for rate, in each] for way, each in rates.items()}
+    print(json.dumps(shared | {'num_cores': cores, 'num_steps': flags.num_steps, 'rounds': flags.rounds,
+                               'images_per_sec': {
         way: {'median': round(statistics.median(r)), 'min': round(min(r)), 'max': round(max(r))}
         for way, r in rates.items()}}, indent=1))
 
