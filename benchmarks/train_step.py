@@ -7,7 +7,6 @@ build_strategy.op_threads = 1), and replicas on logical CPUs. Each way is a proc
 are set once for a process; the ways take turns of seconds, and the medians count. Prints one JSON object.
 """
 import argparse
-import itertools
 import json
 import os
 import random
@@ -87,19 +86,19 @@ def ask(processes: Sequence[subprocess.Popen], num_steps: int) -> list[float]:
 
 
 def answer(process: subprocess.Popen) -> str:
-    """The next line of a process of `start`; exits if it ended, whose last words are on standard error."""
+    """The next line of a process of `start`, 'ready' at first; exits if it ended, whose last words are above."""
     return process.stdout.readline() or sys.exit(f'a measurement ended with exit code {process.wait()}')
 
 
-def take_turns(ways: Mapping[str, Sequence[subprocess.Popen]], num_steps: int, rounds: int) -> dict[str, list[list]]:
-    """rates[way][round], of each process; each way once a round, in another order each round. Ways may share some."""
-    processes = set(itertools.chain(*ways.values()))
+def take_turns(processes: Sequence[subprocess.Popen], ways: Mapping[str, Callable[[], float]],
+               rounds: int) -> dict[str, list[float]]:
+    """Each way measured once a round, in another order each round, by these processes, which it ends."""
     for process in processes:
         answer(process)
     order, rates = random.Random(0), {way: [] for way in ways}
     for _ in range(rounds):
         for way in order.sample(list(ways), len(ways)):
-            rates[way].append(ask(ways[way], num_steps))
+            rates[way].append(ways[way]())
     for process in processes:
         process.kill()
     return rates
@@ -123,9 +122,10 @@ def main() -> None:
             f'{cores} parts, one thread an operation': {'name': 'one_device', 'op_threads': 1, 'accumulate': cores},
             f'{cores} replicas, one thread an operation': {'name': 'mirrored', 'num_devices': cores, 'op_threads': 1}}
     shared = {'image_size': flags.image_size, 'global_batch_size': flags.global_batch_size}
-    rates = take_turns({way: [start(shared | settings)] for way, settings in ways.items()}, flags.num_steps,
-                       flags.rounds)
-    rates = {way: [rate for rate, in each] for way, each in rates.items()}
+    processes = {way: start(shared | settings) for way, settings in ways.items()}
+    rates = take_turns([*processes.values()], {
+        way: lambda process=process: ask([process], flags.num_steps)[0] for way, process in processes.items()},
+        flags.rounds)
     print(json.dumps(shared | {'num_cores': cores, 'num_steps': flags.num_steps, 'rounds': flags.rounds,
                                'images_per_sec': {
         way: {'median': round(statistics.median(r)), 'min': round(min(r)), 'max': round(max(r))}
