@@ -37,9 +37,9 @@ def run_in_turns(commands: dict[str, list[str]], turn_secs: float) -> dict[str, 
                 except subprocess.TimeoutExpired:
                     os.killpg(running[name].pid, signal.SIGSTOP)
                 else:
+                    results[name] = stdout
                     if running[name].returncode:
                         sys.exit(f'{name} ended with exit code {running[name].returncode}')
-                    results[name] = stdout
                 secs[name] += time.perf_counter() - start
     finally:
         for name in running.keys() - results.keys():

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from turns import answer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -73,7 +75,7 @@ def start(settings: dict, cores: str | None = None, **variables: str) -> subproc
 def serve(settings: dict) -> None:
     """That process: for each number of steps that it reads, prints the rate."""
     measure = make_measure(**settings)
-    print('ready', flush=True)
+    print(json.dumps('ready'), flush=True)
     for line in sys.stdin:
         print(measure(int(line)), flush=True)
 
@@ -82,19 +84,14 @@ def ask(processes: Sequence[subprocess.Popen], num_steps: int) -> list[float]:
     """The rates of processes that measure at the same time."""
     for process in processes:
         print(num_steps, file=process.stdin, flush=True)
-    return [float(answer(process)) for process in processes]
+    return [answer(process, 'a measurement') for process in processes]
 
 
-def answer(process: subprocess.Popen) -> str:
-    """The next line of a process of `start`, 'ready' at first; exits if it ended, whose last words are above."""
-    return process.stdout.readline() or sys.exit(f'a measurement ended with exit code {process.wait()}')
-
-
-def take_turns(processes: Sequence[subprocess.Popen], ways: Mapping[str, Callable[[], float]],
-               rounds: int) -> dict[str, list[float]]:
+def rates_in_turns(processes: Sequence[subprocess.Popen], ways: Mapping[str, Callable[[], float]],
+                   rounds: int) -> dict[str, list[float]]:
     """Each way measured once a round, in another order each round, by these processes, which it ends."""
     for process in processes:
-        answer(process)
+        answer(process, 'a measurement')  # that it is ready
     order, rates = random.Random(0), {way: [] for way in ways}
     for _ in range(rounds):
         for way in order.sample(list(ways), len(ways)):
@@ -123,13 +120,13 @@ def main() -> None:
             f'{cores} replicas, one thread an operation': {'name': 'mirrored', 'num_devices': cores, 'op_threads': 1}}
     shared = {'image_size': flags.image_size, 'global_batch_size': flags.global_batch_size}
     processes = {way: start(shared | settings) for way, settings in ways.items()}
-    rates = take_turns([*processes.values()], {
+    rates = rates_in_turns([*processes.values()], {
         way: lambda process=process: ask([process], flags.num_steps)[0] for way, process in processes.items()},
         flags.rounds)
+    summary = {way: {'median': round(statistics.median(r)), 'min': round(min(r)), 'max': round(max(r))}
+               for way, r in rates.items()}
     print(json.dumps(shared | {'num_cores': cores, 'num_steps': flags.num_steps, 'rounds': flags.rounds,
-                               'images_per_sec': {
-        way: {'median': round(statistics.median(r)), 'min': round(min(r)), 'max': round(max(r))}
-        for way, r in rates.items()}}, indent=1))
+                               'images_per_sec': summary}, indent=1))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 
-from train_step import ask, start, take_turns
+from train_step import ask, rates_in_turns, start
 
 CASES = {'224 px, batch 32 a worker': (224, 32, 2), '128 px, batch 16 a worker': (128, 16, 5)}
 
@@ -49,7 +49,7 @@ def measure(image_size: int, rows: int, num_steps: int, cores: list[int], rounds
             ask(apart, 1)
         return num_steps * rows * len(apart) / (time.perf_counter() - begin)
 
-    return take_turns([*apart, *talking['float32'], *talking['bfloat16']], {
+    return rates_in_turns([*apart, *talking['float32'], *talking['bfloat16']], {
         'alone': lambda: sum(ask([process], num_steps)[0] for process in apart),
         'apart': lambda: sum(ask(apart, num_steps)),
         'apart, in step': in_step,
