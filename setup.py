@@ -9,7 +9,7 @@ from setuptools import setup
 setup(
     name='ghostnet-training',
     version='0.1.0',
-    description='Trains GhostNet V1, V2 and V3 in TensorFlow 2: exact resume, one device to many hosts.',
+    description='Trains GhostNet in TensorFlow 2: exact resume, one device to many hosts.',
     license='Apache-2.0',
     python_requires='>=3.11,<3.14',  # TensorFlow has no wheel for Python 3.14.
     packages=['ghostnet', 'input_pipeline', 'input_pipeline.sources', 'trainer'],

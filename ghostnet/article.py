@@ -3,8 +3,7 @@
 Nothing in it is improved, so that its differences from the authors' network (model.py) can be measured: no batch norm
 nor ReLU inside a ghost module, a convolutional shortcut in every block, ReLU after the stride-2 depthwise convolution,
 squeeze-and-excite by half and without biases, batch norm in the head, no dropout, 'same' padding, Glorot
-initialisation, softmax inside, one width. But batch norm, with Keras' constants, is the fused layer of layers.py, whose
-moving variance is of n / (n - 1) times the batch variance of Keras' layer, n = B * H * W; n = B in the head.
+initialisation, softmax inside, one width. But batch norm is layers.py's, fused, its moving variance unbiased.
 """
 import functools
 

@@ -1,7 +1,4 @@
-"""What a training step hands to the layers it calls, and the randomness they draw from it.
-
-Apart from layers.py because the hash also serves whatever else is drawn on the device. Knows no layer of the network.
-"""
+"""What a training step hands to the layers it calls, and the randomness that they and all on the device draw."""
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator

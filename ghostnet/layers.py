@@ -1,8 +1,7 @@
 """Layers of the GhostNet family: convolutions padded as PyTorch pads, fused batch norm, ghost modules and bottlenecks.
 
-What a training step has to hand to its layers comes in through `keyed.step_context`, so that a model remains a pure
-function of (variables, images). Source: Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, and the
-authors' PyTorch code for what the paper leaves open (activations, padding, squeeze-and-excite).
+A step hands to its layers what it has by `keyed.step_context`: a model is a pure function of (variables, images).
+Source: Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, and the authors' PyTorch code.
 """
 import functools
 import math

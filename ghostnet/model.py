@@ -86,9 +86,8 @@ def _build_layers(num_classes: int, width: float, version: int, dropout: float |
     layers = [ConvBN(filters, kernel_size=3, strides=2, name='stem')]
     for number, (kernel_size, expansion, out, se_ratio, strides) in enumerate(BLOCKS, start=1):
         expansion, out = make_divisible(expansion * width), make_divisible(out * width)
-        layers.append(GhostBottleneck(filters, expansion, out, kernel_size, strides,
-                                      make_divisible(expansion * se_ratio) if se_ratio else None,
-                                      name=f'block_{number}'))
+        se_hidden = make_divisible(expansion * se_ratio) if se_ratio else None
+        layers.append(GhostBottleneck(filters, expansion, out, kernel_size, strides, se_hidden, name=f'block_{number}'))
         filters = out
     return layers + [
         ConvBN(make_divisible(BLOCKS[-1][1] * width), name='tail'),

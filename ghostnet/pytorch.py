@@ -48,7 +48,7 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
                          strict: bool = True) -> dict[str, list[str]]:
     """Sets the variables of a GhostNet, class or function form, from a PyTorch state dict: name -> array or tensor.
 
-    It may also be a .pth or .pt (which need torch), .safetensors or .npz file, or stand inside {'state_dict': ...}.
+    It may also be a .pth or .pt (which need torch), .safetensors or .npz file, or stand under 'state_dict' or 'model'.
     num_batches_tracked is ignored. Not strict loads what fits, and logs a warning that lists the rest.
 
     Returns {'missing': [...], 'left over': [...], 'misshapen': [...]}: what did not fit. Empty lists where strict.
@@ -57,7 +57,8 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
     """
     is_mapping = isinstance(path_or_mapping, Mapping)
     state = path_or_mapping if is_mapping else _read(os.fspath(path_or_mapping))
-    state = {key: _to_numpy(value) for key, value in state.get('state_dict', state).items()
+    state = {key.removeprefix('module.'): _to_numpy(value)  # DistributedDataParallel's prefix
+             for key, value in state.get('state_dict', state.get('model', state)).items()
              if not key.endswith('num_batches_tracked')}
     variables = _variables_by_key(model)
     shapes = {key: tuple(variable.shape[i] for i in _axes(variable)) for key, variable in variables.items()}
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             save = model.save if args.target.endswith('.keras') else model.save_weights
             save(args.target)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(str(error))
 
 

@@ -36,9 +36,9 @@ def train_dataset(source: Source, *, global_batch_size: int, image_size: int = 2
 
     Raises ValueError if the shards do not divide the batch, or an argument is out of range.
     """
-    if seed < 0 or start_position < 0 or shuffle_block < 1:
-        raise ValueError(f'seed ({seed}) and start_position ({start_position}) must be at least 0, and shuffle_block '
-                         f'({shuffle_block}) at least 1')
+    if min(seed, start_position, shuffle_block - 1) < 0 or not isinstance(shuffle_block, int) or flip not in (0, 1):
+        raise ValueError(f'seed ({seed}) and start_position ({start_position}) must be at least 0, shuffle_block '
+                         f'({shuffle_block}) an integer from 1, flip ({flip}) True or False')
     batches = _positions(start_position, tf.int64.max, global_batch_size, shard, num_shards)
 
     def examples(positions):
@@ -75,8 +75,8 @@ def eval_dataset(source: Source, *, global_batch_size: int, image_size: int = 22
     `dct_scaling` decodes large images at a fraction of their size: faster, but not for figures to be published. Raises
     ValueError if the shards do not divide the batch, `resize` is below `image_size`, or the interpolation is unknown.
     """
-    if resize < image_size:
-        raise ValueError(f'eval_dataset: resize ({resize}) must be at least image_size ({image_size})')
+    if not (isinstance(image_size, int) and isinstance(resize, int) and resize >= image_size > 0):
+        raise ValueError(f'eval_dataset: resize ({resize}) must be at least image_size ({image_size}), integers both')
     if interpolation not in ('bicubic', 'bilinear'):
         raise ValueError(f"eval_dataset: interpolation must be 'bicubic' or 'bilinear', not {interpolation!r}")
     crop = make_center_crop(resize, interpolation, dct_scaling)
@@ -162,4 +162,5 @@ def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, 
 
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return batches.map(read_op, num_parallel_calls=2, deterministic=True).prefetch(2).with_options(options)
+    at_once = max(2, -(-threads.NUM * part_rows // rows))  # batches that it takes to keep all threads busy
+    return batches.map(read_op, num_parallel_calls=at_once, deterministic=True).prefetch(2).with_options(options)

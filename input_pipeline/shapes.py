@@ -12,9 +12,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 NUM_EXAMPLES = {'train': 5000, 'test': 1000}
-_SPLIT_KEYS = {'train': 0, 'test': 1}
 _LUMA = np.array([5, 9, 2], np.int16)  # of red, green and blue, in sixteenths
-
 UNIT = 1024
 _COS_SIN_72 = ((1024, 0), (316, 974), (-828, 602), (-828, -602), (316, -974))  # of multiples of 72 degrees, times UNIT
 _COS_SIN_120 = ((1024, 0), (-512, 887), (-512, -887))
@@ -48,7 +46,7 @@ _CLUTTER = (lambda u, v: (abs(v) <= 110) & (abs(u) <= 1000), 25, 55), (_disc, 8,
 
 def draw(split: str, index: int) -> tuple[np.ndarray, int]:
     """Record `index` of a split: uint8 [H, W, 3], shorter side 80..128, longer up to 4/3 of it; label `index` % 10."""
-    bits = np.random.Philox(key=(_SPLIT_KEYS[split] << 64) + index)
+    bits = np.random.Philox(key=(['train', 'test'].index(split) << 64) + index)
     label = index % len(SHAPES)
     short = _between(bits, 80, 128)
     long = short * _between(bits, 96, 128) // 96
@@ -58,14 +56,12 @@ def draw(split: str, index: int) -> tuple[np.ndarray, int]:
     while abs(_LUMA @ (figure[0] - ground[0])) < 80 * 16:
         figure = _two_colours(bits)
     canvas = _mix(ground, _pattern(bits, height, width))
-
     _add_clutter(bits, canvas, _between(bits, 2, 5))
     radius = short * _between(bits, 115, 180) // 100  # in quarter pixels, so 57 to 90 % of the shorter side across
     slack = 2 * short - radius
     centre = 2 * height + _between(bits, -slack, slack), 2 * width + _between(bits, -slack, slack)
     _stamp(bits, canvas, list(SHAPES.values())[label], figure, centre, radius, squeeze=_between(bits, 13, 16))
     _add_clutter(bits, canvas, _between(bits, 0, 2))
-
     shift = _between(bits, 4, 6)
     grain = bits.random_raw(height * width // 8 + 1).astype('<u8').view(np.uint8)[:height * width]
     canvas += (grain.reshape(height, width, 1) >> shift).astype(np.int16) - (128 >> shift)

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 
-_POOL = ThreadPoolExecutor(len(os.sched_getaffinity(0)), 'input')
+NUM = len(os.sched_getaffinity(0))
+_POOL = ThreadPoolExecutor(NUM, 'input')
 _callers = []  # an entry for each thread of tf.data's in for_each
 
 

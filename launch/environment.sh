@@ -11,7 +11,6 @@
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
-min_free_gb=4
 
 note() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
 fail() { note "$1"; exit 2; }
@@ -38,7 +37,8 @@ find_python() {
 }
 
 check_disk() {
-  local free_kb
+  local free_kb min_free_gb=4
+  [[ $1 != cuda ]] || min_free_gb=7  # CUDA's libraries
   free_kb=$(df -Pk -- "$venv" | awk 'NR == 2 { print $4 }')
   ((free_kb >= min_free_gb << 20)) ||
     fail "needs $min_free_gb GB of free disk for $venv, found $((free_kb >> 10)) MB: free some, or choose with VENV=..."
@@ -68,9 +68,9 @@ install() {
     note "the installation in $venv is incomplete: making it again"
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .unfinished ! -name .lock -exec rm -rf {} +
   fi
-  check_disk
+  check_disk "$1"
   [[ -e $venv/pyvenv.cfg ]] || : >"$venv/.unfinished"
-  note "installing into $venv, this once: 2.5 GB, a few minutes"
+  note "installing into $venv, this once: 2.5 GB, with cuda 6 GB, a few minutes"
   "$python" -m venv "$venv"
   pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
   [[ -t 2 ]] || pip+=(--quiet)

@@ -39,8 +39,8 @@ if [[ -n $hosts ]]; then
   [[ -z $workers ]] || fail '--hosts means one worker a host: leave out --workers'
   IFS=, read -ra cluster <<<"$hosts"
   for i in "${!cluster[@]}"; do
-    [[ ${cluster[i]} =~ ^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$ ]] ||
-      fail "--hosts=$hosts: '${cluster[i]}' is neither NAME nor NAME:PORT"
+    [[ ${cluster[i]} =~ ^[A-Za-z0-9._-]+(:[0-9]{1,5})?$ ]] ||
+      fail "--hosts=$hosts: '${cluster[i]}' is neither NAME nor NAME:PORT (TensorFlow listens on IPv4 only)"
     [[ ${cluster[i]} =~ :[0-9]+$ ]] || cluster[i]+=:${port:-2222}
   done
   if [[ -z $index ]] || ((index >= ${#cluster[@]})); then

@@ -7,7 +7,8 @@
 #   ./launch/tpu_vm.sh stop --name=ghostnet --zone=us-west4-a      lets the trainers save and end
 #   ./launch/tpu_vm.sh delete --name=ghostnet --zone=us-west4-a
 #
-# What follows -- goes on to trainer.main. The workdir must be on storage that outlives the VM and that all VMs share.
+# What follows -- goes on to trainer.main. The workdir must be on storage that outlives the VM and that all VMs share;
+# see README for what a mounted bucket needs.
 #
 #   --spot              a cheaper VM, which may be taken away at any time
 #   --setup=COMMAND     run on every VM whenever this script comes to it, so again on one that is there already, as to
@@ -49,6 +50,8 @@ required=(name zone)
 for flag in "${required[@]}"; do
   [[ -n ${!flag} ]] || fail "$action needs --$flag=..."
 done
+[[ $action$spot != traintrue || " ${trainer_flags[*]-}" == *' --workdir'* ]] ||
+  fail 'train --spot needs --workdir=DIR behind --, on storage that outlives the VM, which is made anew when it was taken'
 [[ -n $dry_run ]] || command -v gcloud >/dev/null || fail 'needs gcloud, the client of Google Cloud: install it, log in'
 
 place=ghostnet-training  # in the home directory on the VM

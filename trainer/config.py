@@ -2,6 +2,7 @@
 
 The only module that imports gin: the library works without it. Turns gin's own errors into one line.
 """
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -57,7 +58,6 @@ _GIVEN = {'train_dataset': ['source', 'global_batch_size', 'seed', 'start_positi
 _CONFIGURABLES = {name: gin.external_configurable(target, name, denylist=_GIVEN.get(name))
                   for name, target in (_ROOTS | _PARTS).items()}
 
-operative_text = gin.operative_config_str  # all parameters that the calls made so far have taken, defaults included
 _BINDINGS = gin.config._CONFIG  # {(scope, selector): {parameter: value}}, what the files say; gin clears it in place
 _MACRO = 'gin.macro'
 
@@ -78,8 +78,9 @@ class Config(NamedTuple):
         """Writes what was bound, config.gin, and taken, operative_config.gin. Raises ConfigError if it cannot."""
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / 'config.gin').write_text(self.text)
-            (workdir / 'operative_config.gin').write_text(operative_text())
+            for name, text in (('config.gin', self.text), ('operative_config.gin', gin.operative_config_str())):
+                if not (path := workdir / name).exists() or path.read_text() != text:  # or a full disk would empty it
+                    path.write_text(text)
         except OSError as error:
             raise ConfigError(f'--workdir {workdir} cannot be written: {error}') from error
 
@@ -101,6 +102,8 @@ def load(files: Sequence[str], params: Sequence[str]) -> Config:
     fingerprint = _fingerprint(_used_selectors())
     roots = {name: functools.partial(_call, _CONFIGURABLES[name]) for name in _ROOTS}
     settings = {name: roots.pop(name)() for name in ('train', 'data', 'evaluate')}
+    wrapped = {k: functools.partial(_call, getattr(settings['train'], k)) for k in ('model', 'optimizer', 'schedule')}
+    settings['train'] = dataclasses.replace(settings['train'], **wrapped)
     return Config(**settings, **roots, fingerprint=fingerprint, text=gin.config_str())
 
 

@@ -25,7 +25,7 @@ class Goodput:
 
     def spent_on_steps(self, secs: float, wait_secs: float, is_traced: bool) -> None:
         """Counts a loop of steps, which waited for data meanwhile; one that was not traced before has compiled."""
-        waited = min(secs, wait_secs) if is_traced else 0.0
+        waited = max(0.0, min(secs, wait_secs)) if is_traced else 0.0  # a clock may be set back
         self.seconds['data_wait'] += waited
         self.seconds['stepping' if is_traced else 'compiling'] += secs - waited
 

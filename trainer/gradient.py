@@ -1,7 +1,6 @@
 """One of the two pure functions of a step: forward_backward, from parameters and rows to gradients.
 
-Apart from step.py, which puts the two together, because this one knows the network and no replica: what has to be
-averaged over replicas inside of it comes as a function.
+It knows the network and no replica: what has to be averaged over replicas inside of it comes as a function.
 """
 import os
 from collections.abc import Callable

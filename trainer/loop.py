@@ -105,6 +105,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         if is_writer:  # before the report, without which a run that is killed in between evaluates again
             with goodput.spend('saving'):
                 keep_best(workdir / 'best', step, results, state.variables(), meta)
+        stalls.spent_on_steps(0.0, 0.0, is_traced=False)  # forget what precise batch norm has read
         telemetry.report(step, results)
         telemetry.progress(eval_line(step, results, time.perf_counter() - started), is_lasting=True)
         return True
@@ -156,6 +157,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             telemetry.progress(progress_line(step=step, num_steps=plan.last_step, metrics=metrics, eta_secs=(
                 plan.last_step - step) * reported['secs'] / reported['steps']), is_lasting=plan.is_report_step(step))
             if plan.is_report_step(step):
+                if reported['skipped'] == reported['steps']:
+                    logging.warning('all steps since the last report were skipped: see train.rollback_after')
                 metrics |= goodput.metrics() | bad.metrics() | stalls.metrics()
                 if state.loss_scale:
                     metrics['train/loss_scale'] = float(state.loss_scale['loss_scale'].numpy())

@@ -6,8 +6,7 @@ gradients are divided by it in float32; how large the scale may be is found out 
 import tensorflow as tf
 
 GROWTH_STEPS = 2000  # steps in a row that have to be finite before the scale doubles
-# The range in which float32 gradients, divided by the scale, keep all their digits.
-MIN_SCALE, MAX_SCALE = 2.0**-14, 2.0**24
+MIN_SCALE, MAX_SCALE = 2.0**-14, 2.0**24  # float32 gradients, divided by any in between, keep all their digits
 
 
 def init_loss_scale(precision: str) -> dict[str, tf.Tensor]:

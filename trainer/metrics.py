@@ -5,10 +5,9 @@ SUMS = ('examples', 'loss', 'top1', 'top5')  # what masked_sums counts
 
 
 def is_in_top_k(logits: tf.Tensor, labels: tf.Tensor, k: int) -> tf.Tensor:
-    """float32 [B]: 1 where fewer than k classes stand before the label.
+    """float32 [B]: 1 where fewer than k classes have a larger logit than the label, or the same and a lower number.
 
-    A class stands before the label if its logit is larger, or equal with a lower number, as argmax orders them: equal
-    logits for all classes are not right each time. Rows whose logits are not all finite are never right.
+    That is argmax's order: equal logits for all are not right each time. Nor is a row with one that is not finite.
     """
     own = tf.gather(logits, labels[:, tf.newaxis], batch_dims=1)
     is_lower = tf.range(logits.shape[-1])[tf.newaxis] < labels[:, tf.newaxis]

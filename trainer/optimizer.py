@@ -16,11 +16,6 @@ Tensors = dict[str, tf.Tensor]
 Optimizer = tuple[Callable, Callable]  # (init, update)
 
 
-def is_decayed(path: str) -> bool:
-    """Weight decay is for kernels; biases, gamma and beta of batch norm are left alone."""
-    return path.rsplit('/', 1)[-1] == 'kernel'
-
-
 def sgd(*, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
     """SGD with momentum as torch.optim.SGD has it (dampening 0); weight decay is L2, added to kernels' gradients."""
     require(is_number(momentum, 0, 1), 'sgd.momentum', momentum, 'a number, at least 0 and below 1')
@@ -39,10 +34,8 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
             weight_decay: float = 0.0) -> Optimizer:
     """RMSprop as TensorFlow 1 computes it, under which the MobileNet and EfficientNet recipes were found.
 
-    Weight decay is L2, added to kernels' gradients. PyTorch's mean square starts at 0, not 1; its epsilon is outside
-    the root, its rate outside the momentum.
-    Source: Tieleman and Hinton, "Neural Networks for Machine Learning", lecture 6.5, 2012; the kernel ApplyRMSProp of
-    TensorFlow with the initial value of tf.compat.v1.train.RMSPropOptimizer; timm's RMSpropTF agrees.
+    Weight decay is L2, added to kernels' gradients. The mean square starts at 1 and epsilon is inside the root, which
+    PyTorch has otherwise. Source: TensorFlow's ApplyRMSProp and tf.compat.v1.train.RMSPropOptimizer; timm's RMSpropTF.
     """
     for name, value in (('decay', decay), ('momentum', momentum)):
         require(is_number(value, 0, 1), f'rmsprop.{name}', value, 'a number, at least 0 and below 1')
@@ -108,13 +101,14 @@ def _for_each_parameter(rule: Callable, slots_like: dict[str, Callable]) -> Opti
     """(init, update) from the rule of one parameter p and its gradient g.
 
     rule(p, g, is_decayed, learning_rate, step, *slots) -> (p, *slots); slots_like: {slot name: p -> initial value}.
+    Decay is for kernels; biases, gamma and beta of batch norm are left alone.
     """
     def init(params):
         return {slot: {path: like(p) for path, p in params.items()} for slot, like in slots_like.items()}
 
     def update(grads, slots, params, learning_rate, step):
-        stepped = [rule(p, grads[path], is_decayed(path), learning_rate, step, *(slots[s][path] for s in slots_like))
-                   for path, p in params.items()]
+        stepped = [rule(p, grads[path], path.split('/')[-1] == 'kernel', learning_rate, step,
+                        *(slots[s][path] for s in slots_like)) for path, p in params.items()]
         new_params, *new_slots = (dict(zip(params, tensors)) for tensors in zip(*stepped))
         return new_params, dict(zip(slots_like, new_slots))
 

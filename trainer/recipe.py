@@ -39,7 +39,8 @@ def _check(settings: object, root: str, *rules: tuple) -> None:
     for is_right, right, *names in rules:
         for name in names:
             value, is_optional = getattr(settings, name), getattr(type(settings), name, '') is None
-            require(is_optional and value is None or is_right(value), f'{root}.{name}', value, right)
+            require(is_optional and value is None or is_right(value), f'{root}.{name}', value,
+                    'None or ' * is_optional + right)
 
 
 @dataclass(frozen=True)
@@ -88,22 +89,18 @@ class Train:
     def __post_init__(self):
         _check(
             self, 'train',
-            (lambda v: is_number(v) and v > 0, 'a positive number', 'epochs', 'eval_every_epochs'),
-            (lambda v: is_number(v) and v > 0, 'None or a positive number', 'mixup_alpha', 'cutmix_alpha', 'clip_norm',
-             'adaptive_clip'),
+            (lambda v: is_number(v) and v > 0, 'a positive number', 'epochs', 'eval_every_epochs', 'mixup_alpha',
+             'cutmix_alpha', 'clip_norm', 'adaptive_clip'),
             (lambda v: is_number(v, 0) and v <= 1, 'a number in [0, 1]', 'erase_probability'),
-            (lambda v: is_number(v, 1), 'None or a number from 1', 'spike_factor'),
+            (lambda v: is_number(v, 1), 'a number from 1', 'spike_factor'),
             (lambda v: is_number(v) and v > 0, 'a positive number of seconds', 'grace_secs', 'step_timeout_secs',
-             'save_retry_secs'),
-            (lambda v: is_number(v, 0), 'None or seconds', 'checkpoint_every_secs'),
-            (lambda v: is_number(v, 0, 1), 'at least 0 and below 1', 'label_smoothing', 'bad_example_budget'),
-            (lambda v: isinstance(v, str) and v != '', 'None or the path of a checkpoint or a file of weights',
-             'initial_weights'),
-            (lambda v: is_number(v, 0, 1), 'None, or at least 0 and below 1', 'ema_decay'),
+             'save_retry_secs', 'checkpoint_every_secs'),
+            (lambda v: is_number(v, 0, 1), 'at least 0 and below 1', 'label_smoothing', 'bad_example_budget',
+             'ema_decay'),
+            (lambda v: isinstance(v, str) and v, 'the path of a checkpoint or a file of weights', 'initial_weights'),
             (lambda v: is_number(v, 1, kind=int), 'a positive integer', 'global_batch_size', 'steps_per_loop',
-             'accumulate', 'checkpoint_every_steps', 'keep_checkpoints', 'log_every_steps'),
-            (lambda v: is_number(v, 1, kind=int), 'None or a positive integer', 'max_steps', 'keep_every_steps',
-             'rollback_after'),
+             'accumulate', 'checkpoint_every_steps', 'keep_checkpoints', 'log_every_steps', 'max_steps',
+             'keep_every_steps', 'rollback_after'),
             (lambda v: is_number(v, 0, kind=int), 'an integer from 0', 'seed', 'max_rollbacks'),
             (lambda v: is_number(v, 0, kind=int), 'a number of batches, or 0', 'eval_precise_batch_norm'),
             (lambda v: isinstance(v, bool), 'True or False', 'sync_batch_norm', 'eval_flip', 'allow_config_change'),
@@ -113,8 +110,7 @@ class Train:
             (lambda v: v in ('float32', 'bfloat16'), "'float32' or 'bfloat16'", 'all_reduce_dtype'),
             (lambda v: callable(v) and not hasattr(v, 'stateless_call'),  # what @ghostnet() gives can be called too
              'a reference without parentheses, as @ghostnet, @sgd or @cosine', 'model', 'optimizer', 'schedule'),
-            (_are_stages, 'None or pairs of an epoch and pixels as ((0, 128), (10.5, 224)), epochs rising from 0',
-             'image_sizes'))
+            (_are_stages, 'pairs of an epoch and pixels as ((0, 128), (10, 224)), epochs rising from 0', 'image_sizes'))
         require(self.adaptive_clip is None or self.clip_norm is None, 'train.adaptive_clip', self.adaptive_clip,
                 f'None where train.clip_norm is set ({self.clip_norm!r})')
         require(self.spike_factor is None or self.rollback_after is not None, 'train.spike_factor', self.spike_factor,
@@ -144,7 +140,7 @@ class Data:
     def __post_init__(self):
         three = 'three numbers for R, G, B in 0..1, standard deviations above 0'
         _check(self, 'data', (lambda v: isinstance(v, str) and v != '', 'a name', 'name', 'train_split', 'eval_split'),
-               (lambda v: isinstance(v, str), 'None or a string', 'default_dir', 'otherwise'),
+               (lambda v: isinstance(v, str), 'a string', 'default_dir', 'otherwise'),
                (lambda v: isinstance(v, bool), 'True or False', 'cache'),
                (lambda v: isinstance(v, tuple | list) and len(v) == 3 and all(is_number(x, 0) and x <= 1 for x in v),
                 three, 'pixel_mean', 'pixel_std'), (lambda v: min(v) > 0, three, 'pixel_std'))

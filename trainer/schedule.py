@@ -22,10 +22,7 @@ Rate = Callable[[tf.Tensor], tf.Tensor]
 def cosine(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, global_batch_size: int | None = None,
            warmup_epochs: float = 0.0, initial_rate: float = 0.0, final_rate: float = 0.0,
            rate_batch_size: int | None = None) -> Rate:
-    """Warmup, then half a cosine from `peak_rate` to `final_rate` at `num_steps`.
-
-    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.
-    """
+    """Warmup, then half a cosine from `peak_rate` to `final_rate` (Loshchilov and Hutter, "SGDR", ICLR 2017)."""
     require(is_number(final_rate, 0), 'cosine.final_rate', final_rate, 'a number, at least 0')
     return _after_warmup(
         'cosine', lambda _, progress: final_rate + (peak_rate - final_rate) * 0.5 * (1 + tf.cos(math.pi * progress)),
@@ -35,10 +32,7 @@ def cosine(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, gl
 def linear(peak_rate: float, *, num_steps: int, steps_per_epoch: float = 1.0, global_batch_size: int | None = None,
            warmup_epochs: float = 0.0, initial_rate: float = 0.0, final_rate: float = 0.0,
            rate_batch_size: int | None = None) -> Rate:
-    """Warmup, then a straight line from `peak_rate` to `final_rate` at `num_steps`.
-
-    Source: Zhang et al., "ShuffleNet", CVPR 2018, section 4, whose settings the GhostNet paper takes over.
-    """
+    """Warmup, then a straight line from `peak_rate` to `final_rate` (Zhang et al., "ShuffleNet", CVPR 2018, 4)."""
     require(is_number(final_rate, 0), 'linear.final_rate', final_rate, 'a number, at least 0')
     return _after_warmup('linear', lambda _, progress: peak_rate + (final_rate - peak_rate) * progress, num_steps,
                          steps_per_epoch, global_batch_size, peak_rate, warmup_epochs, initial_rate, rate_batch_size)
@@ -56,7 +50,6 @@ def exponential(peak_rate: float, *, decay_rate: float, decay_epochs: float, num
     require(is_number(decay_rate) and 0 < decay_rate <= 1, 'exponential.decay_rate', decay_rate,
             'a number, above 0 and at most 1')
     require(is_number(decay_epochs) and decay_epochs > 0, 'exponential.decay_epochs', decay_epochs, 'a positive number')
-
     stair_steps = decay_epochs * steps_per_epoch
     return _after_warmup(
         # Half a step is more than float32 loses in the division: no stair is put off by its rounding.

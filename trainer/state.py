@@ -55,7 +55,7 @@ class TrainState(NamedTuple):
     def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Assigns every variable; names and shapes must have been checked."""
         for name, variable in self.variables().items():
-            variable.assign(tensors[name])
+            variable.assign(tensors.get(name, variable))
 
 
 def build_train_state(model: keras.Model, init_slots: Callable, settings: Train) -> TrainState:

@@ -121,7 +121,7 @@ def make_step(model: keras.Model, settings: Train, *, normalize: Normalize, upda
 
 def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, settings: Train,
                     **step_arguments: Any) -> Callable[[Iterator, tf.Tensor], Tensors]:
-    """Makes train_loop(iterator, num_steps) -> float32 scalars summed over the steps.
+    """Makes train_loop(iterator, num_steps) -> float64 scalars summed over the steps, wherever loops begin.
 
     They are metrics.SUMS over examples of steps that were taken, 'seen' over those of all steps; 'grad_norm', 'skipped'
     over steps; 'data_wait_secs'. step_arguments: `make_step`'s. Raises ConfigError: XLA cannot compile these settings.
@@ -141,7 +141,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
     @tf.function
     def train_loop(iterator, num_steps):
-        totals, waited = tf.zeros([len(names)]), tf.zeros([], tf.float64)
+        totals, waited = tf.zeros([len(names)], tf.float64), tf.zeros([], tf.float64)
         for _ in tf.range(num_steps):
             with tf.control_dependencies([totals]):  # the step before has ended: from here on it is waiting for data
                 start = tf.timestamp()
@@ -153,7 +153,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
                 batch = tf.nest.map_structure(_stay, batch, expand_composites=True)
             waited += end - start
             sums = strategy.run(replica_step, args=(batch,))
-            totals += tf.stack([strategy.experimental_local_results(sums[name])[0] for name in names])
+            totals += tf.cast(tf.stack([strategy.experimental_local_results(sums[n])[0] for n in names]), tf.float64)
             state.step.assign_add(1)
             state.position.assign_add(settings.global_batch_size)
         return dict(zip(names, tf.unstack(totals), strict=True)) | {'data_wait_secs': waited}

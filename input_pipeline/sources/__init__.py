@@ -13,7 +13,6 @@ from input_pipeline.sources.source import DataError, Source
 from input_pipeline.sources.tfrecord import open_tfrecord
 
 _OPENERS = {'tfrecord': open_tfrecord, 'arrayrecord': open_arrayrecord, 'folder': open_folder, 'idx': open_idx}
-_TFDS_REMOTE = 'gs://', 's3://', 'az://'  # what TFDS too can read
 
 
 def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) -> Source:
@@ -22,7 +21,7 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
     Args:
       name: 'tfds:NAME[/CONFIG][:VERSION]', 'tfrecord', 'arrayrecord', 'folder', 'idx' or 'shapes'.
       data_dir: directory; each source says what it looks for there. `shapes` is generated there if need be. For
-        'tfrecord' any that TensorFlow's file systems can read, for 'tfds:' also gs://, s3:// and az://.
+        'tfrecord' any that TensorFlow's file systems can read, for 'tfds:' also gs://.
       split: as the data set names it. prepare: whether TFDS may download and prepare a 'tfds:' set that is not there.
 
     Raises DataError if nothing usable is there; the message is one line and says what would be right.
@@ -30,11 +29,13 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
     data_dir = os.path.expanduser(data_dir)
     try:
         if '://' in data_dir:
-            if name != 'tfrecord' and not (name.startswith('tfds:') and data_dir.startswith(_TFDS_REMOTE)):
+            if name != 'tfrecord' and not (name.startswith('tfds:') and data_dir.startswith('gs://')):
                 raise DataError(f"data_dir {data_dir} is remote; for {name} give a local directory. 'tfrecord' can be "
-                                f"read from there, 'tfds:' from {', '.join(_TFDS_REMOTE)}")
+                                "read from there, 'tfds:' from gs://")
             tf.io.gfile.stat(data_dir)  # says why it cannot be read
         source = _open(name, data_dir, split, prepare)
+        if not len(source):
+            raise DataError(f'{source.name} holds no example')
         first, _ = source.read(np.arange(min(16, len(source))))
     except (OSError, tf.errors.OpError) as error:
         raise DataError(f'{name} in {data_dir} cannot be read: {error}') from error

@@ -69,6 +69,9 @@ def test_a_second_signal_ends_at_once(start_run):
     time.sleep(1)
     run.send_signal(signal.SIGTERM)
     assert any('SIGTERM: stopping and saving' in line for line in lines)
+    run.send_signal(signal.SIGTERM)  # the same one, as systemd tells all processes of a unit and a launcher its trainer
+    time.sleep(2.2)
+    assert run.poll() is None
     run.send_signal(signal.SIGTERM)
     stderr = run.communicate(timeout=20)[1]
     assert run.returncode == 128 + signal.SIGTERM and 'SIGTERM again: the last checkpoint stays' in stderr

@@ -145,6 +145,41 @@ def test_what_lies_below_the_window_is_not_missed(photo, encode, height, width, 
             assert abs(ours.mean() - wanted.mean()) < 2
 
 
+@pytest.mark.parametrize('kind', ['baseline', 'progressive', 'trailing byte', 'PNG'])
+@pytest.mark.parametrize('image_size', [24, 100])
+def test_large_parts_are_averaged_whatever_the_format(photo, encode, kind, image_size):
+    """As PIL's antialiased kernel does; bilinear interpolation alone would pick single pixels."""
+    noise = generator(5).integers(-60, 60, (1000, 1000, 1))
+    image = (photo(5, 1000, 1000) + noise).clip(0, 255).astype(np.uint8)
+    encoded = encode(image, 'PNG') if kind == 'PNG' else encode(image, progressive=kind == 'progressive')
+    encoded += b'\0' * (kind == 'trailing byte')
+    with Image.open(io.BytesIO(encoded)) as pil:
+        wanted = np.asarray(pil.convert('RGB').resize((image_size,) * 2, Image.Resampling.BILINEAR)).astype(int)
+    for crop in (preprocess.make_random_resized_crop((1, 1), (1, 1)), preprocess.make_random_shift(0)):
+        assert np.abs(cropped(crop, encoded, generator(), image_size) - wanted).mean() < 4
+
+
+@pytest.mark.parametrize('factors', [(0x31, 0x11, 0x11), (0x22, 0x12, 0x11), (0x42, 0x11, 0x11)])
+def test_unusual_chroma_is_decoded_as_pil_does(encode, factors):
+    encoded = bytearray(encode(np.full([64, 64, 3], 200, np.uint8), subsampling='4:4:4'))
+    at = encoded.index(b'\xff\xc0')
+    for channel, factor in enumerate(factors):
+        encoded[at + 11 + 3 * channel] = factor
+    encoded = bytes(encoded)
+    with pytest.raises(ValueError, match='subsampling'):
+        simplejpeg.decode_jpeg(encoded)
+    wanted = np.asarray(Image.open(io.BytesIO(encoded)).convert('RGB').resize((16, 16), Image.Resampling.BOX))
+    crop = preprocess.make_random_resized_crop((1, 1), (1, 1))
+    assert np.abs(cropped(crop, encoded, generator(), 16) - wanted.astype(int)).mean() < 1
+
+
+@pytest.mark.parametrize(('scale', 'ratio'), [((8, 100), (0.75, 1.33)), ((0, 1), (1, 1)), ((0.5,), (1, 1)),
+                                              ((1.0, 0.08), (1, 1)), ((0.08, 1), (0, 1)), ((0.08, 1), (2, 1))])
+def test_ranges_that_hold_no_part_are_refused(scale, ratio):
+    with pytest.raises(ValueError, match='random_resized_crop: scale'):
+        preprocess.make_random_resized_crop(scale, ratio)
+
+
 def test_random_shift_moves_over_black(photo, encode):
     image = photo(3, 28, 28)
     padded = np.pad(image, [(2, 2), (2, 2), (0, 0)])

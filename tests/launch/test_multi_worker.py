@@ -106,14 +106,14 @@ def test_one_worker_a_host(checkout, log):
     with socket.socket() as probe:
         probe.bind(('', 0))
         port = probe.getsockname()[1]
-    hosts = f'--hosts=alpha,beta.example:{port},[fd00::1]'
+    hosts = f'--hosts=alpha,beta.example:{port},gamma'
     result = checkout.run(SCRIPT, hosts, '--index=1', *QUICK, '--', '--mode=train')
     assert result.returncode == 0, result.stderr
     assert attempts(log, 0) == attempts(log, 2) == []
     first, second = attempts(log, 1)
     assert first == second
     assert first['flags'] == ['--mode=train']
-    assert first['config'] == {'cluster': {'worker': ['alpha:2222', f'beta.example:{port}', '[fd00::1]:2222']},
+    assert first['config'] == {'cluster': {'worker': ['alpha:2222', f'beta.example:{port}', 'gamma:2222']},
                                'task': {'type': 'worker', 'index': 1}}
     assert result.stdout == ''
 
@@ -131,6 +131,7 @@ def test_one_worker_a_host(checkout, log):
     (('--hosts=a,b', '--index=2'), '--index=1'),
     (('--hosts=a;b', '--index=0'), "'a;b'"),
     (('--hosts=a,,b', '--index=0'), "''"),
+    (('--hosts=a,[fd00::1]', '--index=0'), 'IPv4'),
     (('--workers=2', '--port=65535'), 'no room'),
     (('--workers=1', '--grace_secs=-1'), 'is no number'),
 ])

@@ -62,7 +62,7 @@ def verbs(cloud) -> list[str]:
 
 def test_from_nothing_to_a_result(cloud):
     plan(cloud, '0')
-    result = cloud.run('launch/tpu_vm.sh', *TRAIN, '--spot', '--project=mine', '--', *FLAGS)
+    result = cloud.run('launch/tpu_vm.sh', *TRAIN, '--spot', '--project=mine', '--', *FLAGS, '--workdir=/mnt/run')
     assert result.returncode == 0, result.stderr
     assert result.stdout == 'result\n'
     assert verbs(cloud) == ['create', 'scp', 'install', 'run']
@@ -219,6 +219,8 @@ def test_stop_and_delete(cloud, action, verb):
     (('delete', '--name=net'), '--zone'),
     ((*TRAIN, '--gin_file=a.gin'), '--gin_file=a.gin'),
     ((*TRAIN, '--spot=yes'), '--spot=yes'),
+    ((*TRAIN, '--spot'), '--workdir=DIR'),
+    ((*TRAIN, '--spot', '--', '--mode=train'), '--workdir=DIR'),
     ((*TRAIN, '--max_restarts=many'), 'many'),
 ])
 def test_mistakes_are_named(cloud, flags, word):
