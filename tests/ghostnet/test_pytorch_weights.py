@@ -102,6 +102,9 @@ def test_counters_wrapping_and_tensors_are_taken(model, state):
         'bn1.num_batches_tracked': np.array(7)}, 'epoch': 3}
     load_pytorch_weights(model, wrapped)
     assert_holds(model, state)
+    parallel = {'model': {f'module.{key}': value + 1 for key, value in state.items()}, 'args': None}
+    load_pytorch_weights(model, parallel)
+    assert_holds(model, {key: value + 1 for key, value in state.items()})
 
 
 @pytest.fixture

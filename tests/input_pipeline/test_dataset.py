@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 
 import cv2
 import numpy as np
@@ -288,3 +289,21 @@ def test_import_is_cheap():
     root = os.path.dirname(os.path.dirname(input_pipeline.__file__))
     run = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout == '[]\n'
+
+
+def test_blocks_as_large_as_a_batch_leave_no_thread_idle(source, monkeypatch):
+    num_threads, seen = 6, []
+    monkeypatch.setattr(threads, 'NUM', num_threads)
+    monkeypatch.setattr(threads, '_POOL', concurrent.futures.ThreadPoolExecutor(num_threads))
+    all_at_once = threading.Barrier(num_threads, timeout=60)
+
+    def crop(encoded, rng, out):
+        seen.append(None)
+        if 1 < len(seen) <= num_threads + 1:  # the first is the trial
+            all_at_once.wait()
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = num_threads  # TensorFlow's own has one a core, few here
+    dataset = input_pipeline.train_dataset(source, global_batch_size=16, image_size=24, shuffle_block=16, crop=crop)
+    assert len([*itertools.islice(dataset.with_options(options), num_threads)]) == num_threads
+    assert not all_at_once.broken

@@ -54,6 +54,16 @@ def test_folder_is_sorted_by_class_and_name(folder, examples):
     assert source.where(0) == str(folder / 'train' / 'n0' / '000.JPEG')
 
 
+def test_what_is_left_out_of_a_folder_is_said(folder, caplog):
+    size = len(input_pipeline.open_source('folder', folder, 'train'))
+    assert not caplog.records
+    (folder / 'train' / 'n0' / '000.JPEG').rename(folder / 'train' / 'n0' / '000.GIF')
+    (folder / 'train' / 'n0' / 'photo.webp').write_text('of a format that is not decoded')
+    (folder / 'train' / 'n1' / 'more').mkdir()
+    assert len(input_pipeline.open_source('folder', folder, 'train')) == size
+    assert f'{folder / "train"}: left out 2 entries' in caplog.text and '.JPEG (or .jpg' in caplog.text
+
+
 def test_the_train_folder_decides_which_label_a_class_has(folder):
     shutil.copytree(folder / 'train' / 'n3', folder / 'val' / 'n3')
     source = input_pipeline.open_source('folder', folder, 'val')

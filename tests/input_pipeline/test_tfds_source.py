@@ -78,7 +78,7 @@ def ram(monkeypatch):
     monkeypatch.setitem(gpath._URI_MAP_ROOT, 'ram://', '/ram/')
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, 'ram', None)
     monkeypatch.setitem(register._URI_PREFIXES_TO_CLS, 'ram://', gpath.PosixGPath)
-    monkeypatch.setattr(sources, '_TFDS_REMOTE', ('ram://',))
+    monkeypatch.setattr(sources, '_TFDS_REMOTE', 'ram://')
 
 
 def test_what_tfds_prepared_is_read_from_a_remote_file_system(tmp_path, images, ram, monkeypatch):

@@ -68,6 +68,12 @@ def test_missing_and_mixed_shards(tmp_path, examples, write_tfrecords):
     assert_data_error(['-of-00003', '-of-00004'], 'tfrecord', tmp_path)
 
 
+def test_a_split_of_nothing(tmp_path, examples, write_tfrecords):
+    write_tfrecords(tmp_path, 'train', examples)
+    write_tfrecords(tmp_path, 'validation', [], 1)
+    assert_data_error(['validation', 'holds no example'], 'tfrecord', tmp_path, 'validation')
+
+
 def test_damaged_shards(tmp_path, examples, write_tfrecords):
     write_tfrecords(tmp_path, 'train', examples, 1)
     path = tmp_path / 'train-00000-of-00001'

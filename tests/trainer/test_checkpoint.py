@@ -242,3 +242,10 @@ def test_another_model_is_refused_in_one_line(directory, change, words):
     message = str(error.value)
     assert [word for word in [str(path), *words] if word not in message] == []
     assert '\n' not in message
+
+
+def test_a_guard_that_the_checkpoint_does_not_have_begins_anew(directory):
+    """Or train.rollback_after could not be bound once it is needed."""
+    path, variables = save(directory, 7), variables_of(0)
+    variables['guard/rollbacks'] = tf.Variable(0, dtype=tf.int64)
+    assert checkpoint.load(path, variables).keys() == variables.keys() - {'guard/rollbacks'}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from config_harness import BASE, ROOT, difference, load, refusal
 
 import input_pipeline
 from trainer import config
+from trainer.recipe import ConfigError
 
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob('gin/*.gin'), *ROOT.glob('gin/recipes/*.gin')]
                  if path.name != 'defaults.gin')
@@ -160,6 +162,19 @@ def test_what_a_run_writes_down_gives_the_same_run(write):
         assert again.fingerprint == loaded.fingerprint
         for part in ('train', 'data', 'evaluate'):
             assert comparable(getattr(again, part)) == comparable(getattr(loaded, part))
+
+
+def test_what_is_written_down_already_is_left_alone(tmp_path, monkeypatch):
+    """A run must resume on a disk that is full."""
+    load().write(tmp_path)
+
+    def full(*_):
+        raise OSError('no space left')
+
+    monkeypatch.setattr(Path, 'write_text', full)
+    load().write(tmp_path)
+    with pytest.raises(ConfigError, match='no space left'):
+        load('train.seed=1').write(tmp_path)
 
 
 def comparable(settings):

@@ -3,7 +3,9 @@
 import difflib
 
 import pytest
-from config_harness import BASE, NEEDED, ROOT, difference, refusal
+from config_harness import BASE, NEEDED, ROOT, difference, load, refusal
+
+from trainer.recipe import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -151,3 +153,14 @@ def test_a_value_without_default_must_be_bound(name):
 )
 def test_a_wrong_value_of_a_root_is_refused_at_once(param, start):
     assert refusal(param).startswith(start)
+
+
+@pytest.mark.parametrize(('part', 'other', 'arguments'), [
+    ('optimizer', 'cosine', {}), ('schedule', 'sgd', {'num_steps': 9, 'steps_per_epoch': 3.0, 'global_batch_size': 8}),
+    ('model', 'lamb', {'width': 3})])
+def test_a_part_in_another_ones_place_is_refused_in_one_line(part, other, arguments):
+    params = [f'{key}={value}' for key, value in NEEDED.items() if (part, key) != ('schedule', 'cosine.peak_rate')]
+    settings = load(f'train.{part}=@{other}', *params, files=[]).train
+    with pytest.raises(ConfigError) as error:
+        getattr(settings, part)(**arguments)
+    assert other in str(error.value) and '\n' not in str(error.value)
