@@ -26,15 +26,15 @@ def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: Tra
     `now` has the 'fingerprint', which must be the checkpoint's unless `allow_change`, and what else bits depend on.
     Raises ConfigError: another recipe or model, all are damaged, or workers differ in checkpoint or recipe.
     """
-    path = checkpoint.latest_valid(directory)
+    path = checkpoint.latest_valid(directory) if (is_writer := strategy.extended.should_checkpoint) else None
     found = checkpoint.step_of(path) if path else -1
     recipe_hash = zlib.crc32(json.dumps(now['fingerprint'], sort_keys=True).encode())
-    first_found, first_hash = (sum_over_workers(value if strategy.extended.should_checkpoint else 0)
-                               for value in (found, recipe_hash))  # of worker 0, which alone writes checkpoints
-    if found != first_found:
-        seen, first_seen = (f'step {step}' if step >= 0 else 'no checkpoint' for step in (found, first_found))
-        raise ConfigError(f'{describe_worker(strategy)} finds {seen} in {directory}, worker 0 {first_seen}: --workdir '
-                          'must name a directory that all workers share')
+    first_found, first_hash = (sum_over_workers(value if is_writer else 0) for value in (found, recipe_hash))
+    if not is_writer and first_found >= 0:
+        path = directory / f'ckpt-{first_found:08d}'  # a shared disk may still list an older state
+        if damage := checkpoint.find_damage(path):
+            raise ConfigError(f'{describe_worker(strategy)} cannot read {path}, which worker 0 takes ({damage}): '
+                              '--workdir must name a directory that all workers share')
     if recipe_hash != first_hash:
         raise ConfigError(f'{describe_worker(strategy)} was started with another recipe than worker 0: --gin_file and '
                           '--gin_param must be the same for all')

@@ -283,7 +283,7 @@ def test_workers_that_do_not_share_the_workdir_are_refused(start_workers, run, r
     (code, _), (other_code, stderr) = finish(start_workers(
         f'--gin_param=build_strategy.timeout_secs={TIMEOUT_SECS}', workdirs=(tmp_path / 'a', tmp_path / 'b')))
     assert other_code == 2 and code == 75
-    assert 'finds no checkpoint in' in stderr and 'worker 0 step 4' in stderr and 'all workers share' in stderr
+    assert 'cannot read' in stderr and 'ckpt-00000004, which worker 0 takes' in stderr and 'all workers share' in stderr
     assert not (tmp_path / 'b').exists()
 
 
