@@ -1,7 +1,7 @@
 """The command: absl flags -> configuration -> strategy -> mode. Turns a user's mistake into one line and exit code 2.
 
 Exit codes: 0 finished, 1 nothing could be saved for too long, 2 the user's mistake, 42 stopped by a signal and saved,
-75 another worker is lost or a step hangs; else a crash. The same command resumes. stdout: results; stderr: all else.
+75 a worker is lost, a step hangs or data cannot be read; else a crash. The same command resumes. stdout: results alone.
 """
 import json
 import logging
@@ -60,7 +60,7 @@ def _run(signals) -> None:
 
     import input_pipeline
     from trainer import benchmark, config, evaluate, loop
-    from trainer.preemption import leave_lost_peer
+    from trainer.preemption import leave_to_try_again
     loaded = config.load(_FLAGS.gin_file, _FLAGS.gin_param)
     recipes = [Path(file).stem for file in _FLAGS.gin_file if Path(file).parent.name != 'hardware']
     require('://' not in (_FLAGS.workdir or ''), '--workdir', _FLAGS.workdir, 'a directory, as of a mounted bucket')
@@ -87,7 +87,7 @@ def _run(signals) -> None:
             loop.train(loaded.train, loaded.data, fingerprint={**loaded.fingerprint, 'data.name': repr(name)},
                        write_config=loaded.write, should_stop=signals, **both)
     except tf.errors.OpError as error:
-        leave_lost_peer(strategy, error)
+        leave_to_try_again(strategy, error)
         raise
 
 

@@ -52,11 +52,10 @@ def rmsprop(*, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-10
 
 def adamw(*, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8,
           weight_decay: float = 0.01) -> Optimizer:
-    """Adam with decoupled weight decay of kernels, as torch.optim.AdamW computes it.
+    """Adam with weight decay of kernels, decoupled but scaled by the rate, as torch.optim.AdamW computes it.
 
     The bias correction counts skipped steps too: it matters in the first steps of a run only.
-    Source: Kingma and Ba, "Adam", ICLR 2015, algorithm 1; Loshchilov and Hutter, "Decoupled weight decay
-    regularization", ICLR 2019, algorithm 2, where the schedule alone scales the decay; here the rate does.
+    Source: Kingma and Ba, "Adam", ICLR 2015; Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
     """
     return _adam('adamw', beta_1, beta_2, epsilon, weight_decay, kernel_ratio=lambda p, u: 1.0)
 

@@ -105,8 +105,10 @@ class Watchdog:
                 leave(f'{worker}: no step has returned for {waiting:.0f} s (train.step_timeout_secs)')
 
 
-def leave_lost_peer(strategy: tf.distribute.Strategy, error: tf.errors.OpError) -> None:
-    """Ends the process if this error, of a step on many workers, is a peer's."""
+def leave_to_try_again(strategy: tf.distribute.Strategy, error: tf.errors.OpError) -> None:
+    """Ends the process if this error, of a step, is a peer's, or of reading data, which a network disk may do once."""
+    if (at := max(map(error.message.find, ('[Errno ', 'UnavailableError: ')))) >= 0:
+        leave(f'the data cannot be read: {error.message[at:].splitlines()[0]}')
     kinds = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError,
              tf.errors.CancelledError, tf.errors.FailedPreconditionError, tf.errors.InternalError)
     if is_multi_worker(strategy) and isinstance(error, kinds):

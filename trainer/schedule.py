@@ -43,8 +43,7 @@ def exponential(peak_rate: float, *, decay_rate: float, decay_epochs: float, num
                 initial_rate: float = 0.0, rate_batch_size: int | None = None) -> Rate:
     """peak_rate * decay_rate ** k once k * `decay_epochs` are over: a staircase. Below that, a warmup.
 
-    Epochs are counted from step 0, warmup included, so that the first stairs may lie in the warmup and never show. Each
-    stair begins at the step nearest to its place; timm puts it off to the next whole epoch.
+    Epochs count from step 0, warmup included. A stair begins at the step nearest to its place; timm's with an epoch.
     Source: Tan and Le, "EfficientNet", ICML 2019, section 5.2 (0.97 every 2.4 epochs); timm's `step` scheduler.
     """
     require(is_number(decay_rate) and 0 < decay_rate <= 1, 'exponential.decay_rate', decay_rate,

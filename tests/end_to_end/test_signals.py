@@ -101,6 +101,21 @@ def test_a_signal_that_the_process_was_told_to_ignore_is_ignored(start, tmp_path
     run.communicate()
 
 
+def test_data_that_cannot_be_read_for_a_while_is_worth_another_try(make_folder, recipe, start, tmp_path):
+    """As on a network disk: a launcher starts the run again, which an error of any other kind would end."""
+    data, away = make_folder(tmp_path / 'data'), tmp_path / 'away'
+    flags = (f'--gin_file={recipe}', f'--data_dir={data}', f'--workdir={tmp_path / "run"}', *SLOW)
+    run = start(*flags, command=few_blocks.COMMAND)
+    wait_for((tmp_path / 'run/checkpoints/ckpt-00000004').exists, run)
+    (data / 'train/b').rename(away)
+    stderr = run.communicate(timeout=60)[1]
+    assert run.returncode == 75
+    assert re.search(r'^error: the data cannot be read: .*data/train/b/.*run the same', stderr, re.MULTILINE)
+    away.rename(data / 'train/b')
+    again = start(*flags, '--gin_param=train.max_steps=8', command=few_blocks.COMMAND)
+    assert 'resuming from' in again.communicate(timeout=120)[1] and again.returncode == 0
+
+
 def test_a_run_whose_stderr_is_gone_saves_and_stops(start_run, tmp_path):
     """As under `2>&1 | tee log`, when Ctrl-C ends tee too."""
     run = start_run(*SLOW)
