@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from trainer.recipe import ConfigError
 
+NAME = 'ckpt-{:08d}'  # by step
 _NAME = re.compile(r'ckpt-(\d{8,})')
 
 
@@ -40,7 +41,7 @@ def save(directory: Path, step: int, values: Mapping[str, Any], meta: Mapping[st
     newest `keep` are kept, those whose step is a multiple of `keep_every`, and the newest at a multiple of `periodic`.
     Raises OSError, tf.errors.OpError: it could not be written; what was written is removed.
     """
-    final = directory / f'ckpt-{step:08d}'
+    final = directory / NAME.format(step)
     aside = directory / f'.writing-{final.name}'
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -26,11 +26,11 @@ class StopSignals:
     process too. A signal that the process was started to ignore stays ignored.
     """
 
-    _is_asked, _has_come, _came_at = False, False, -math.inf
+    _is_asked, _came_at = False, None
 
     def __call__(self) -> bool:
         self._is_asked = True
-        return self._has_come
+        return self._came_at is not None
 
     def __enter__(self) -> 'StopSignals':
         self._reader, self._writer = os.pipe()
@@ -62,13 +62,12 @@ class StopSignals:
                 name = signal.Signals(came[0]).name
                 if not self._is_asked:
                     end(EXIT_STOPPED, f'{name}: nothing to save yet; the same command starts again')
-                if time.monotonic() - self._came_at < 2:  # the same one, from systemd and from a launcher
-                    continue
-                if self._has_come:
+                if self._came_at is None:
+                    self._came_at = time.monotonic()
+                    show(f'\n{name}: stopping and saving at the end of this loop of steps (a later one ends it)\n',
+                         sys.stderr)
+                elif time.monotonic() - self._came_at >= 2:  # sooner it is the same one, of systemd and of a launcher
                     end(128 + came[0], f'{name} again: the last checkpoint stays; the same command resumes')
-                self._has_come, self._came_at = True, time.monotonic()
-                show(f'\n{name}: stopping and saving at the end of this loop of steps (after 2 s another ends it)\n',
-                     sys.stderr)
 
 
 class Watchdog:

@@ -31,7 +31,7 @@ def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: Tra
     recipe_hash = zlib.crc32(json.dumps(now['fingerprint'], sort_keys=True).encode())
     first_found, first_hash = (sum_over_workers(value if is_writer else 0) for value in (found, recipe_hash))
     if not is_writer and first_found >= 0:
-        path = directory / f'ckpt-{first_found:08d}'  # a shared disk may still list an older state
+        path = directory / checkpoint.NAME.format(first_found)  # a shared disk may still list an older state
         if damage := checkpoint.find_damage(path):
             raise ConfigError(f'{describe_worker(strategy)} cannot read {path}, which worker 0 takes ({damage}): '
                               '--workdir must name a directory that all workers share')
@@ -101,7 +101,7 @@ def roll_back(directory: Path, state: TrainState, settings: Train, step: int, is
     whole = [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(directory)
              if is_writer and not checkpoint.find_damage(p)]
     newest = ([s for s in whole if s % settings.checkpoint_every_steps == 0] or whole)[-1] if is_writer else 0
-    path = directory / f'ckpt-{sum_over_workers(newest):08d}'  # others may see an older state of a shared disk
+    path = directory / checkpoint.NAME.format(sum_over_workers(newest))  # others may see an older state of it
     state.restore(checkpoint.load(path, state.variables()))
     state.position.assign(position)
     state.guard['rollbacks'].assign(rollbacks + 1)

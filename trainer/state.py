@@ -53,7 +53,7 @@ class TrainState(NamedTuple):
         tf.nest.map_structure(lambda v, value: v.assign(value, read_value=False), Values(*self[2:]), values)
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Assigns every variable; names and shapes must have been checked."""
+        """Assigns every variable that `tensors` has a value of; names and shapes must have been checked."""
         for name, variable in self.variables().items():
             variable.assign(tensors.get(name, variable))
 
