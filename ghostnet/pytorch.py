@@ -157,8 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.target.endswith('.npz'):
             np.savez(args.target, **to_pytorch_state_dict(model))
         else:
-            save = model.save if args.target.endswith('.keras') else model.save_weights
-            save(args.target)
+            (model.save if args.target.endswith('.keras') else model.save_weights)(args.target)
     except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(str(error))
 

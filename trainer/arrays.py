@@ -36,7 +36,6 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
         max_shift, flip: augmentation, see input_pipeline. pixel_mean, pixel_std: of R, G, B in 0..1.
     """
     size = image_size or images.shape[1]
-    num_classes = num_logits(model)
     train_settings = Train(
         epochs=epochs, global_batch_size=global_batch_size, model=lambda: model,
         optimizer=partial(optimizer.sgd, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
@@ -50,8 +49,8 @@ def train(model: keras.Model, images: np.ndarray, labels: np.ndarray, *, epochs:
         return loop.train(
             train_settings, Data('arrays', pixel_mean=pixel_mean, pixel_std=pixel_std),
             strategy=tf.distribute.get_strategy(), workdir=Path(temporary if workdir is None else workdir),
-            train_source=input_pipeline.array_source(images, labels, num_classes),
-            eval_source=input_pipeline.array_source(*eval_data, num_classes) if eval_data else None,
+            train_source=input_pipeline.array_source(images, labels, num_logits(model)),
+            eval_source=input_pipeline.array_source(*eval_data, num_logits(model)) if eval_data else None,
             train_dataset=partial(input_pipeline.train_dataset, image_size=size, flip=flip,
                                   crop=input_pipeline.make_random_shift(max_shift)),
             eval_dataset=partial(input_pipeline.eval_dataset, image_size=size, resize=size, interpolation='bilinear'),

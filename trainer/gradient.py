@@ -43,21 +43,19 @@ def make_forward_backward(model: keras.Model, settings: Train, normalize: Callab
             if any(alphas):  # of both labels; top-1 and top-5 are those of the own
                 losses += share * (smoothed_cross_entropy(logits, other_labels, settings.label_smoothing) - losses)
             # Divided by the global batch here and summed over replicas later: the gradient of the global mean.
-            loss = tf.reduce_sum(batch['mask'] * losses) / settings.global_batch_size
-            loss *= loss_scale.get('loss_scale', 1.0)
+            loss = tf.reduce_sum(batch['mask'] * losses) / settings.global_batch_size * loss_scale.get('loss_scale', 1)
         grads = tape.gradient(loss, params)
         sums = masked_sums(logits, losses, batch['label'], batch['mask'])
         return grads, dict(zip(batch_stats, stats, strict=True)), sums
 
-    accumulate = settings.accumulate
     # Parts need nothing of each other but the sum. One after the other they save memory; on the CPU, where most
     # operations are too small to be shared by threads, a part to each core is the fastest way through a batch.
     parallel_parts = 1 if has_accelerator() else max(1, len(os.sched_getaffinity(0)) // num_replicas)
 
     def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors,
                                   keys: tf.Tensor, step_keys: tf.Tensor, _: None):  # recipe refuses to synchronise them
-        """The sums of forward_backward over `accumulate` equal parts of the rows, as if each were a replica's."""
-        parts = tf.nest.map_structure(lambda t: tf.reshape(t, [accumulate, -1, *t.shape[1:]]), (batch, keys))
+        """The sums of forward_backward over settings.accumulate equal parts of the rows, as if each were a replica."""
+        parts = tf.nest.map_structure(lambda t: tf.reshape(t, [settings.accumulate, -1, *t.shape[1:]]), (batch, keys))
 
         def add_part(i: tf.Tensor, totals: Any):
             rows = tf.nest.map_structure(lambda t: t[i], parts)
@@ -65,7 +63,7 @@ def make_forward_backward(model: keras.Model, settings: Train, normalize: Callab
             return i + 1, tf.nest.map_structure(tf.add, totals, added)
 
         zeros = tf.nest.map_structure(tf.zeros_like, (params, batch_stats, dict.fromkeys(SUMS, tf.constant(0.0))))
-        return tf.while_loop(lambda i, _: i < accumulate, add_part, (tf.constant(0), zeros),
+        return tf.while_loop(lambda i, _: i < settings.accumulate, add_part, (tf.constant(0), zeros),
                              parallel_iterations=parallel_parts)[1]
 
-    return forward_backward if accumulate == 1 else forward_backward_in_parts
+    return forward_backward if settings.accumulate == 1 else forward_backward_in_parts

@@ -72,8 +72,7 @@ def build_train_state(model: keras.Model, init_slots: Callable, settings: Train)
                          'dropout without a variable of its own take ghostnet.keyed.KeyedDropout')
 
     def scalar(name):
-        return tf.Variable(0, dtype=tf.int64, trainable=False, name=name,
-                           aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+        return tf.Variable(0, False, dtype=tf.int64, name=name, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
     def build_variables(tensors):
         return {path: tf.Variable(tf.convert_to_tensor(t), trainable=False, name=path.replace('/', '_'))

@@ -1,5 +1,6 @@
 """From a name to a tf.distribute.Strategy. The first thing of a run to touch devices."""
 import contextlib
+import ctypes
 import logging
 import os
 import socket
@@ -35,6 +36,10 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
             'a positive number of seconds')
     if op_threads is not None:
         tf.config.threading.set_intra_op_parallelism_threads(op_threads)
+    # Or glibc gives the memory of tensors back to Linux, and gets it zeroed page by page: up to half of each step.
+    if mallopt := getattr(ctypes.CDLL(None), 'mallopt', None):
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+            mallopt(parameter, value)
     gpus = tf.config.list_physical_devices('GPU')
     num_present = len(list(Path('/proc/driver/nvidia/gpus').glob('*')))
     if num_present > len(gpus):  # or a day is lost on the CPU
