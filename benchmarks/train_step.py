@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def make_measure(image_size: int, global_batch_size: int, *, width: float = 1.0, accumulate: int = 1,
                  all_reduce_dtype: str = 'float32', **strategy_settings) -> Callable[[int], float]:
     """measure(num_steps), images a second over all workers; compiled and warm."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     sys.path.insert(0, str(ROOT))
+    from trainer.main import import_tensorflow
+    import_tensorflow()
     import numpy as np
     import tensorflow as tf
 

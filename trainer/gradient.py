@@ -44,9 +44,8 @@ def make_forward_backward(model: keras.Model, settings: Train, normalize: Callab
                 losses += share * (smoothed_cross_entropy(logits, other_labels, settings.label_smoothing) - losses)
             # Divided by the global batch here and summed over replicas later: the gradient of the global mean.
             loss = tf.reduce_sum(batch['mask'] * losses) / settings.global_batch_size * loss_scale.get('loss_scale', 1)
-        grads = tape.gradient(loss, params)
         sums = masked_sums(logits, losses, batch['label'], batch['mask'])
-        return grads, dict(zip(batch_stats, stats, strict=True)), sums
+        return tape.gradient(loss, params), dict(zip(batch_stats, stats, strict=True)), sums
 
     # Parts need nothing of each other but the sum. One after the other they save memory; on the CPU, where most
     # operations are too small to be shared by threads, a part to each core is the fastest way through a batch.
