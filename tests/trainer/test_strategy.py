@@ -1,4 +1,8 @@
-"""A strategy that cannot be built is refused in one line, before TensorFlow starts anything."""
+"""A strategy that cannot be built is refused in one line, before TensorFlow starts; what one sets for its process."""
+import os
+import subprocess
+import sys
+
 import pytest
 
 from trainer.recipe import ConfigError
@@ -32,3 +36,37 @@ def test_a_wrong_setting_gives_one_line(settings, words):
     with pytest.raises(ConfigError) as error:
         build_strategy(**settings)
     assert str(error.value).startswith(words)
+
+
+# Blocks larger than glibc's largest threshold, which it always takes from the kernel and gives back.
+FAULTS = """
+import resource
+from trainer.main import import_tensorflow
+import_tensorflow()
+import os
+import numpy as np
+from trainer.strategy import build_strategy
+
+def count_faults():
+    for _ in range(3):
+        block = np.ones(48 << 20, np.uint8)
+        del block
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(48 << 20, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = count_faults()
+build_strategy('one_device')
+print(before, count_faults(), os.environ['TF_ENABLE_ONEDNN_OPTS'])
+"""
+
+
+@pytest.mark.parametrize(('given', 'taken'), [({}, '1'), ({'TF_ENABLE_ONEDNN_OPTS': '0'}, '0')])
+def test_memory_stays_with_the_process_and_onednn_is_on_unless_told_otherwise(given, taken):
+    environment = {name: value for name, value in os.environ.items() if name != 'TF_ENABLE_ONEDNN_OPTS'} | given
+    command = [sys.executable, '-c', FAULTS]
+    before, after, onednn = subprocess.run(command, env=environment, capture_output=True, text=True, check=True,
+                                           timeout=300).stdout.split()
+    assert int(before) >= 20  # huge pages of 2 MB, or many more
+    assert int(after) < 5
+    assert onednn == taken
