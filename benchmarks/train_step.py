@@ -3,8 +3,10 @@
     python benchmarks/train_step.py --image_size=56 --global_batch_size=128
 
 Compares one part a batch under TensorFlow's own threads, parts that run side by side (train.accumulate and
-build_strategy.op_threads = 1), and replicas on logical CPUs. Each way is a process of its own, since threads
-are set once for a process; the ways take turns of seconds, and the medians count. Prints one JSON object.
+build_strategy.op_threads = 1), and replicas on logical CPUs; with --other_root the parts of another checkout, with
+--other_python PyTorch (train_step_timm.py), also with glibc told to keep its memory as build_strategy does. Each way
+is a process of its own, since threads are set once for a process; the ways take turns of seconds, and the medians
+count. Prints one JSON object.
 """
 import argparse
 import json
@@ -66,11 +68,16 @@ def make_measure(image_size: int, global_batch_size: int, *, width: float = 1.0,
     return measure
 
 
-def start(settings: dict, cores: str | None = None, **variables: str) -> subprocess.Popen:
-    """A process with `make_measure(**settings)` on these cores, which does nothing until it is told to."""
-    command = [sys.executable, __file__, '--serve', json.dumps(settings)]
-    return subprocess.Popen((['taskset', '-c', cores] if cores else []) + command, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
+def start(settings: dict, cores: str | None = None, root: Path = ROOT, **variables: str) -> subprocess.Popen:
+    """A process with `make_measure(**settings)` of this checkout on these cores, which waits until it is told to."""
+    command = [sys.executable, str(root / 'benchmarks/train_step.py'), '--serve', json.dumps(settings)]
+    return run((['taskset', '-c', cores] if cores else []) + command, **variables)
+
+
+def run(command: list[str], **variables: str) -> subprocess.Popen:
+    """A process that measures when it is told to, with these environment variables."""
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, **variables})
 
 
 def serve(settings: dict) -> None:
@@ -109,6 +116,8 @@ def main() -> None:
     parser.add_argument('--global_batch_size', type=int, default=128)
     parser.add_argument('--num_steps', type=int, default=10)
     parser.add_argument('--rounds', type=int, default=10)
+    parser.add_argument('--other_root', type=Path, help='another checkout of this project')
+    parser.add_argument('--other_python', help='the Python that has torch and timm')
     parser.add_argument('--serve', type=json.loads, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.serve:
@@ -121,6 +130,15 @@ def main() -> None:
             f'{cores} replicas, one thread an operation': {'name': 'mirrored', 'num_devices': cores, 'op_threads': 1}}
     shared = {'image_size': flags.image_size, 'global_batch_size': flags.global_batch_size}
     processes = {way: start(shared | settings) for way, settings in ways.items()}
+    if flags.other_root:
+        settings = shared | {'op_threads': 1, 'accumulate': cores}
+        processes[f'{cores} parts, {flags.other_root}'] = start(settings, root=flags.other_root)
+    if flags.other_python:
+        command = [flags.other_python, str(ROOT / 'benchmarks/train_step_timm.py'),
+                   *(f'--{name}={value}' for name, value in shared.items())]
+        processes['PyTorch'] = run(command)
+        processes['PyTorch, memory kept'] = run(
+            command, GLIBC_TUNABLES='glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647')
     rates = rates_in_turns([*processes.values()], {
         way: lambda process=process: ask([process], flags.num_steps)[0] for way, process in processes.items()},
         flags.rounds)
