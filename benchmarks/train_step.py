@@ -80,9 +80,8 @@ def run(command: list[str], **variables: str) -> subprocess.Popen:
                             env={**os.environ, **variables})
 
 
-def serve(settings: dict) -> None:
+def serve(measure: Callable[[int], float]) -> None:
     """That process: for each number of steps that it reads, prints the rate."""
-    measure = make_measure(**settings)
     print(json.dumps('ready'), flush=True)
     for line in sys.stdin:
         print(measure(int(line)), flush=True)
@@ -121,18 +120,18 @@ def main() -> None:
     parser.add_argument('--serve', type=json.loads, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.serve:
-        serve(flags.serve)
+        serve(make_measure(**flags.serve))
         return
     cores = len(os.sched_getaffinity(0))
     ways = {"one part, TensorFlow's threads": {'name': 'one_device'},
             'one part, one thread an operation': {'name': 'one_device', 'op_threads': 1},
-            f'{cores} parts, one thread an operation': {'name': 'one_device', 'op_threads': 1, 'accumulate': cores},
+            (parts := f'{cores} parts, one thread an operation'): {
+                'name': 'one_device', 'op_threads': 1, 'accumulate': cores},
             f'{cores} replicas, one thread an operation': {'name': 'mirrored', 'num_devices': cores, 'op_threads': 1}}
     shared = {'image_size': flags.image_size, 'global_batch_size': flags.global_batch_size}
     processes = {way: start(shared | settings) for way, settings in ways.items()}
     if flags.other_root:
-        settings = shared | {'op_threads': 1, 'accumulate': cores}
-        processes[f'{cores} parts, {flags.other_root}'] = start(settings, root=flags.other_root)
+        processes[f'{parts}, {flags.other_root}'] = start(shared | ways[parts], root=flags.other_root)
     if flags.other_python:
         command = [flags.other_python, str(ROOT / 'benchmarks/train_step_timm.py'),
                    *(f'--{name}={value}' for name, value in shared.items())]

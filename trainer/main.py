@@ -117,7 +117,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 def import_tensorflow() -> None:
     """Imports TensorFlow without the lines its C++ writes to stderr, unless it fails or TF_CPP_MIN_LOG_LEVEL is 0."""
-    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # the default on some CPUs only, and faster on all
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # the default on some CPUs only, faster on all tried
     if os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2') == '0':
         return
     stderr = os.dup(2)
