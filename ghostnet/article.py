@@ -101,8 +101,7 @@ def ghostnet(classes: int, apply_se: bool = True, classifier_activation: str | N
     6,836,664 trainable parameters with 1000 classes, 3,840,312 without squeeze-and-excite.
 
     Args:
-        classes: number of outputs.
-        apply_se: False leaves squeeze-and-excite out; so do the tutorial's functions, which drop its result.
+        classes, apply_se: number of outputs; False leaves squeeze-and-excite out, as the tutorial's functions do.
         classifier_activation: 'softmax', or None for logits, which training needs.
         image_size: H and W, one number for a square, None for any.
 

@@ -162,5 +162,6 @@ def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, 
 
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    options.autotune.enabled = False  # nothing here is tuned, and its thread can hold up an iterator's end for a minute
     at_once = max(2, -(-threads.NUM * part_rows // rows))  # batches that it takes to keep all threads busy
     return batches.map(read_op, num_parallel_calls=at_once, deterministic=True).prefetch(2).with_options(options)

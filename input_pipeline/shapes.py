@@ -115,9 +115,7 @@ def _pattern(bits: np.random.Philox, height: int, width: int) -> np.ndarray:
 
     if kind == 'stripes':
         return phase(a, b) & 64
-    if kind == 'checks':
-        return (phase(a, b) ^ phase(-b, a)) & 64
-    return abs((phase(a, b) & 127) - 64)
+    return (phase(a, b) ^ phase(-b, a)) & 64 if kind == 'checks' else abs((phase(a, b) & 127) - 64)
 
 
 def _add_clutter(bits: np.random.Philox, canvas: np.ndarray, num_pieces: int) -> None:

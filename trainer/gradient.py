@@ -24,8 +24,7 @@ def make_forward_backward(model: keras.Model, settings: Train, normalize: Callab
     (grads, batch_stats, sums) of these rows: uint8 images -> mix -> normalize -> erase -> model, a pure function.
 
     Summed over `num_replicas` replicas the gradients are those of the global mean. Batch statistics are the sum of what
-    each of settings.accumulate parts has; cross_replica_mean, None with parts, synchronises them, see
-    `ghostnet.keyed.step_context`.
+    each of settings.accumulate parts has; cross_replica_mean, None with parts, synchronises them, see `step_context`.
     """
     def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor,
                          step_keys: tf.Tensor, cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None):

@@ -71,7 +71,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     bad, eval_bad = (source and BadExamples(
         workdir / 'bad_examples.jsonl', settings.bad_example_budget, functools.partial(
             take_turns, strategy, sum_over_workers), source) for source in (train_source, eval_source))
-    stalls = Stalls(sum_over_workers, *find_worker(strategy))
+    worker, num_workers = find_worker(strategy)
+    stalls = Stalls(sum_over_workers, worker, num_workers)
     open_batches = functools.partial(open_train_batches, strategy, settings, state, train_source,
                                      functools.partial(train_dataset, on_bad=bad.found, on_times=stalls.spent))
     batches = open_batches()
@@ -85,7 +86,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         write_config(workdir)
     telemetry = Telemetry(workdir if is_writer else None, step)
     saver = Saver(workdir / 'checkpoints' if is_writer else None, state.variables(), settings)
-    reported, is_traced = Counter(resumed.get('pending', {})), False
+    reported, is_traced, loop_steps = Counter(resumed.get('pending', {})), False, 1
     logging.info('training steps %d to %d of %d, %.1f steps an epoch', step, plan.last_step, plan.num_steps,
                  plan.steps_per_epoch)
 
@@ -121,18 +122,16 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         if state.guard and not resumed:
             save()  # what to go back to if numbers go wrong at once
         while step < plan.last_step:
-            # One step first, which is traced and compiled and takes its own time.
-            until = plan.next_stop(step, settings.steps_per_loop if is_traced else 1)
+            until = plan.next_stop(step, loop_steps)
             started = time.perf_counter()
             sums = tf.nest.map_structure(float, train_loop(batches, tf.constant(until - step)))  # here the host waits
             secs = time.perf_counter() - started
             goodput.spent_on_steps(secs, sums['data_wait_secs'], is_traced)
             stalls.spent_on_steps(secs, sums['data_wait_secs'], is_traced)
             reported.update(sums | {'steps': until - step, 'secs': secs})
-            if secs > settings.grace_secs and is_traced:
-                logging.warning('a loop of %d steps took %.0f s; a signal to stop is obeyed after it, within '
-                                'train.grace_secs = %g: train.steps_per_loop should be at most %d', until - step, secs,
-                                settings.grace_secs, max(1, (until - step) * settings.grace_secs / secs))
+            # A signal is obeyed after a loop. The first is of one step, which is traced and compiled.
+            slowness = sum_over_workers(round(1e6 * secs)) / 1e6 / num_workers / (until - step)
+            loop_steps = max(1, min(settings.steps_per_loop, int(settings.grace_secs / 2 / slowness)))
             if round(sums['seen']) < (until - step) * rows:
                 bad.settle(int(state.position.numpy()))
             step, is_traced = until, True
@@ -151,7 +150,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
                 batches = open_batches()
                 continue
             if step in plan.resizes:
-                batches, is_traced = open_batches(), False  # the loop is traced again, once a size
+                batches, is_traced, loop_steps = open_batches(), False, 1  # the loop is traced again, once a size
 
             metrics = train_metrics(reported, float(rate(tf.constant(step - 1))))
             telemetry.progress(progress_line(step=step, num_steps=plan.last_step, metrics=metrics, eta_secs=(

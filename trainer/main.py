@@ -3,6 +3,7 @@
 Exit codes: 0 finished, 1 nothing could be saved for too long, 2 the user's mistake, 42 stopped by a signal and saved,
 75 a worker is lost, a step hangs or data cannot be read; else a crash. The same command resumes. stdout: results alone.
 """
+import gc
 import json
 import logging
 import os
@@ -135,4 +136,6 @@ def import_tensorflow() -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+    exit_code = main(sys.argv)
+    gc.freeze()  # or the interpreter, on its way out, searches for seconds through all that was traced
+    sys.exit(exit_code)

@@ -1,7 +1,6 @@
 """Optimizers as pairs of pure functions (init, update). They own no variable and know of no replica.
 
-    init(params) -> slots
-    update(grads, slots, params, learning_rate, step) -> (params, slots)
+    init(params) -> slots;  update(grads, slots, params, learning_rate, step) -> (params, slots)
 
 params, grads: {path: float32 tensor}; slots: {slot name: {path: float32 tensor}}. Wrong values raise ConfigError.
 """

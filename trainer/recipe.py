@@ -54,7 +54,7 @@ class Train:
     schedule: Callable  # factory of f(step) -> learning rate, see schedule.py
     seed: int = 0  # of initial weights, order, augmentation and dropout
     max_steps: int | None = None  # stop here; the schedule still runs over all epochs
-    steps_per_loop: int = 100  # steps on the device between two touches of the host
+    steps_per_loop: int = 100  # steps on the device between two touches of the host, at most: see grace_secs
     jit: bool | str = 'auto'  # compile with XLA; 'auto' does on GPU and TPU, not on the CPU
     precision: str = 'float32'  # 'tf32' is float32 whose matrix products round their factors to 10 bits, on GPUs
     all_reduce_dtype: str = 'float32'  # 'bfloat16' halves what gradients cost between devices, and rounds them
@@ -82,7 +82,7 @@ class Train:
     eval_flip: bool = False  # logits are the mean of those of an image and of its mirror image: twice the time
     eval_precise_batch_norm: int = 0  # training batches to take statistics from before each evaluation; 0: the moving
     log_every_steps: int = 100
-    grace_secs: float = 30.0  # between a signal to stop and the end: a loop of steps and a save should take less
+    grace_secs: float = 30.0  # between a signal to stop and the end; a loop of steps may take half of it
     step_timeout_secs: float = 3600.0  # ends the process with code 75 if no loop of steps returns for that long
     allow_config_change: bool = False  # resume although the recipe differs from the checkpoint's
 

@@ -32,6 +32,8 @@ def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.
             dataset = dataset.rebatch(dataset.element_spec['mask'].shape[0] // num_local, drop_remainder=True)
         return dataset.prefetch(2 * num_local)
 
+    if strategy.num_replicas_in_sync == 1 and not has_accelerator():  # the other's iterator may take a minute to end
+        return make_dataset(shard=0, num_shards=1)
     return strategy.distribute_datasets_from_function(dataset_fn)
 
 
@@ -102,8 +104,7 @@ def make_step(model: keras.Model, settings: Train, *, normalize: Normalize, upda
         step_keys = row_keys(settings.seed, step_number, -2, 2)  # of no row, and the same on all replicas
         grads, new_stats, sums = forward_backward(
             values.params, values.batch_stats, values.loss_scale, batch, keys, step_keys,
-            # Synchronised on one replica too, so that any number of them computes the same.
-            cross_replica_mean if settings.sync_batch_norm else None)
+            cross_replica_mean if settings.sync_batch_norm else None)  # on one too: any number computes the same
         if num_replicas > 1:
             if dtype != 'float32':  # of gradients alone: the rest keeps its digits, and goes amid the backward pass
                 new_stats, sums = _all_reduce_packed(all_reduce, (new_stats, sums))

@@ -61,8 +61,8 @@ def test_a_signal_ends_the_run_at_a_step_that_is_saved(sent, start_run, tmp_path
 
 def test_a_second_signal_ends_at_once(start_run):
     """Even amid a loop of steps that would go on for minutes."""
-    endless = ('--gin_param=train.epochs=1e6', *(f'--gin_param=train.{name}=1000000000' for name in
-                 ('max_steps', 'steps_per_loop', 'log_every_steps', 'checkpoint_every_steps', 'eval_every_epochs')))
+    endless = ('--gin_param=train.epochs=1e6', *(f'--gin_param=train.{name}=1000000000' for name in (
+        'max_steps', 'steps_per_loop', 'log_every_steps', 'checkpoint_every_steps', 'eval_every_epochs', 'grace_secs')))
     run = start_run(*endless)
     lines = iter(run.stderr.readline, '')
     assert any('training steps' in line for line in lines)
@@ -131,7 +131,7 @@ def linear_classifier():
     return keras.Model(images, keras.layers.Dense(3, name='classifier')(keras.layers.Flatten()(images)))
 
 
-def fit(workdir, monkeypatch, stop_at=None):
+def fit(workdir, monkeypatch, stop_at=None, **settings):
     """Trains for 8 steps with evaluations of 2 batches after steps 3, 6 and 8; should_stop says so at its n-th call."""
     calls = []
 
@@ -144,9 +144,9 @@ def fit(workdir, monkeypatch, stop_at=None):
     keras.utils.set_random_seed(1)
     with monkeypatch.context() as patch:
         patch.setattr(loop, 'train', functools.partial(loop.train, should_stop=should_stop))
-        result = trainer.train(linear_classifier(), images, labels, epochs=8 / 3, global_batch_size=8, steps_per_loop=1,
-                               eval_data=(images[:13], labels[:13]), workdir=workdir, log_every_steps=2,
-                               peak_rate=1e-3)
+        result = trainer.train(linear_classifier(), images, labels, epochs=8 / 3, global_batch_size=8,
+                               eval_data=(images[:13], labels[:13]), workdir=workdir, peak_rate=1e-3,
+                               **{'steps_per_loop': 1, 'log_every_steps': 2} | settings)
     return len(calls), {tag: value for tag, value in result.items() if not tag.startswith(CLOCK)}
 
 
@@ -167,3 +167,13 @@ def test_wherever_it_is_stopped_it_ends_as_if_it_had_not_been(tmp_path, monkeypa
         assert reports(workdir) == reports(tmp_path / 'whole'), f'stopped at call {stop_at}'
         assert result == of_whole and os.listdir(workdir / 'best') == os.listdir(tmp_path / 'whole/best')
     assert num_stopped == num_calls - 1  # asked once more when all was done
+
+
+def test_loops_of_steps_are_as_short_as_the_grace_needs(tmp_path, monkeypatch):
+    """They are of one step where all are too slow; the result does not depend on it."""
+    (slow, of_slow), (fast, of_fast) = (
+        fit(tmp_path / str(secs), monkeypatch, steps_per_loop=100, log_every_steps=100, grace_secs=secs)
+        for secs in (1e-9, 1e9))
+    assert slow == 1 + 8 + 3 * 2  # before the first, after each, and for each evaluation, of one loop, twice
+    assert fast == 1 + (1 + 3) + 3 * 2  # one step that is traced, then up to each evaluation
+    assert of_slow == of_fast
