@@ -71,8 +71,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     bad, eval_bad = (source and BadExamples(
         workdir / 'bad_examples.jsonl', settings.bad_example_budget, functools.partial(
             take_turns, strategy, sum_over_workers), source) for source in (train_source, eval_source))
-    worker, num_workers = find_worker(strategy)
-    stalls = Stalls(sum_over_workers, worker, num_workers)
+    stalls = Stalls(sum_over_workers, *find_worker(strategy))
     open_batches = functools.partial(open_train_batches, strategy, settings, state, train_source,
                                      functools.partial(train_dataset, on_bad=bad.found, on_times=stalls.spent))
     batches = open_batches()
@@ -130,7 +129,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             stalls.spent_on_steps(secs, sums['data_wait_secs'], is_traced)
             reported.update(sums | {'steps': until - step, 'secs': secs})
             # A signal is obeyed after a loop. The first is of one step, which is traced and compiled.
-            slowness = sum_over_workers(round(1e6 * secs)) / 1e6 / num_workers / (until - step)
+            slowness = sum_over_workers(round(1e6 * secs)) / 1e6 / find_worker(strategy)[1] / (until - step)
             loop_steps = max(1, min(settings.steps_per_loop, int(settings.grace_secs / 2 / slowness)))
             if round(sums['seen']) < (until - step) * rows:
                 bad.settle(int(state.position.numpy()))

@@ -16,7 +16,7 @@ from trainer.metrics import SUMS, masked_sums
 from trainer.recipe import ConfigError, Train
 from trainer.schedule import Rate
 from trainer.state import Tensors, TrainState, Values, Variables
-from trainer.strategy import has_accelerator, is_multi_worker
+from trainer.strategy import find_worker, has_accelerator, is_multi_worker
 from trainer.update import make_update
 
 Normalize = Callable[[tf.Tensor], tf.Tensor]
@@ -32,8 +32,9 @@ def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.
             dataset = dataset.rebatch(dataset.element_spec['mask'].shape[0] // num_local, drop_remainder=True)
         return dataset.prefetch(2 * num_local)
 
-    if strategy.num_replicas_in_sync == 1 and not has_accelerator():  # the other's iterator may take a minute to end
-        return make_dataset(shard=0, num_shards=1)
+    worker, num_workers = find_worker(strategy)
+    if strategy.num_replicas_in_sync == num_workers and not has_accelerator():
+        return make_dataset(shard=worker, num_shards=num_workers)  # the other's iterator may take a minute to end
     return strategy.distribute_datasets_from_function(dataset_fn)
 
 

@@ -26,6 +26,7 @@ from step_harness import (
 from ghostnet.layers import ConvBN
 from trainer.optimizer import adamw, lamb, rmsprop, sgd
 from trainer.step import distribute, make_estimate_loop, make_eval_loop
+from trainer.strategy import build_strategy
 
 # Replicas
 
@@ -192,6 +193,16 @@ def test_statistics_that_are_taken_anew_are_those_of_all_rows(num_replicas):
                                parts.var(1, ddof=1).mean(0) + parts.mean(1).var(0), rtol=1e-4)
     assert all(not np.allclose(v.numpy(), before[f'batch_stats/{path}']) for path, v in estimated.items())
     assert_same_bits(trainer.values('batch_stats/'), before)
+
+
+@pytest.mark.parametrize(('name', 'num_devices'), [('one_device', None), ('mirrored', 2)])
+def test_one_cpu_takes_the_dataset_as_it_is(name, num_devices):
+    """Iterators for devices have a thread of TensorFlow's, which the dataset cannot switch off: see test_dataset."""
+    dataset = tf.data.Dataset.range(8).map(lambda i: {'mask': tf.ones([4]) * tf.cast(i, tf.float32)})
+    given = []
+    batches = distribute(build_strategy(name, num_devices), lambda **shard: given.append(shard) or dataset)
+    assert (batches is dataset) == (name == 'one_device')
+    assert given == [{'shard': 0, 'num_shards': 1}]
 
 
 # XLA

@@ -307,3 +307,10 @@ def test_blocks_as_large_as_a_batch_leave_no_thread_idle(source, monkeypatch):
     dataset = input_pipeline.train_dataset(source, global_batch_size=16, image_size=24, shuffle_block=16, crop=crop)
     assert len([*itertools.islice(dataset.with_options(options), num_threads)]) == num_threads
     assert not all_at_once.broken
+
+
+def test_nothing_is_tuned_by_tensorflow(source):
+    """Its thread may sleep through the end of an iterator, which then takes up to a minute."""
+    for dataset in (input_pipeline.train_dataset(source, global_batch_size=8, image_size=8),
+                    input_pipeline.eval_dataset(source, global_batch_size=8, image_size=8, resize=8)):
+        assert dataset.options().autotune.enabled is False
