@@ -72,9 +72,9 @@ def interrupted(tmp_path_factory, start_run):
     stopped, killed = tmp_path_factory.mktemp('stopped'), tmp_path_factory.mktemp('killed')
     stopping = start_run(stopped, *REPLICAS, '--gin_param=train.max_steps=7')
     doomed = start_run(killed, *ONE_DEVICE)
-    metrics = killed / 'metrics.jsonl'
+    metrics, is_saved = killed / 'metrics.jsonl', (killed / 'checkpoints/checkpoint').exists
     # Between step 5 and the end the process has to trace the evaluation, which takes it seconds.
-    while doomed.poll() is None and not (metrics.exists() and '"step": 5,' in metrics.read_text()):
+    while doomed.poll() is None and not (is_saved() and metrics.exists() and '"step": 5,' in metrics.read_text()):
         time.sleep(0.005)
     doomed.send_signal(signal.SIGKILL)
     _, stderr = doomed.communicate()
