@@ -40,8 +40,6 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
         for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
             mallopt(parameter, value)
     gpus = tf.config.list_physical_devices('GPU')
-    if not gpus:  # a quarter of the time that it takes to trace and compile a step, which is no faster for it on a CPU
-        tf.config.optimizer.set_experimental_options({'disable_meta_optimizer': True})
     num_present = len(list(Path('/proc/driver/nvidia/gpus').glob('*')))
     if num_present > len(gpus):  # or a day is lost on the CPU
         logging.warning('this machine has %d NVIDIA GPUs, TensorFlow sees %d: install the cuda extra '
@@ -56,6 +54,8 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
         raise ConfigError(f'build_strategy.num_devices is {num_devices} with {name}; take mirrored')
     if name == 'tpu':
         return _build_tpu_strategy(tpu)
+    if not gpus:  # a quarter of the time that it takes to trace and compile a step, which is no faster for it on a CPU
+        tf.config.optimizer.set_experimental_options({'disable_meta_optimizer': True})
     if name == 'multi_worker':
         return _build_multi_worker_strategy(len(gpus), timeout_secs)
     kind, count = 'GPU' if gpus else 'CPU', 1 if name == 'one_device' else num_devices or len(gpus) or 1
