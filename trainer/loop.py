@@ -129,8 +129,8 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             stalls.spent_on_steps(secs, sums['data_wait_secs'], is_traced)
             reported.update(sums | {'steps': until - step, 'secs': secs})
             # A signal is obeyed after a loop. The first is of one step, which is traced and compiled.
-            slowness = sum_over_workers(round(1e6 * secs)) / 1e6 / find_worker(strategy)[1] / (until - step)
-            loop_steps = max(1, min(settings.steps_per_loop, int(settings.grace_secs / 2 / slowness)))
+            secs_a_step = sum_over_workers(round(1e6 * secs)) / 1e6 / find_worker(strategy)[1] / (until - step)
+            loop_steps = max(1, min(settings.steps_per_loop, int(settings.grace_secs / 2 / secs_a_step)))
             if round(sums['seen']) < (until - step) * rows:
                 bad.settle(int(state.position.numpy()))
             step, is_traced = until, True
