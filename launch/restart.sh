@@ -7,8 +7,8 @@
 #   rest SECONDS           waits, shorter when the script is told to stop
 #   wait_for PID           waits for a process of this shell and leaves its exit code in $code
 #
-#   watch_signals          from here on SIGTERM, SIGINT, SIGHUP and SIGUSR1 set $stopping, after which nothing is
-#                          started again; wait_for then calls on_stop, once, which the script defines
+#   watch_signals          from here on $stopping counts SIGTERM, SIGINT, SIGHUP and SIGUSR1; nothing is started again
+#                          after one; wait_for then calls on_stop, once, which the script defines
 
 max_restarts=10   # in a row
 settled_secs=600  # who ran this long got somewhere: the count begins anew
@@ -21,8 +21,8 @@ code=0
 severity=([0]=0 [42]=1 [75]=2 [1]=3 [2]=4)
 
 watch_signals() {
-  trap 'stopping=1' TERM HUP USR1
-  trap 'stopping=1 num_interrupts=$((num_interrupts + 1))' INT
+  trap 'stopping=$((stopping + 1))' TERM HUP USR1
+  trap 'stopping=$((stopping + 1)) num_interrupts=$((num_interrupts + 1))' INT
 }
 
 # A pipe that nobody writes to: reading from it is a pause that needs no process.
