@@ -1,6 +1,6 @@
-"""The images of input_throughput.py, and its contestants of another Python environment: DALI, torchvision, simplejpeg.
+"""The images of input_pipeline.py, and its contestants of another Python environment: DALI, torchvision, simplejpeg.
 
-Imports nothing of this project. Run by input_throughput.py; the environment (6 GB, beside the one of launch/):
+Imports nothing of this project. Run by input_pipeline.py; the environment (6 GB, beside the one of launch/):
     python3 -m venv torch-env
     torch-env/bin/pip install torch==2.14.1 torchvision==0.29.1 pillow==13.0.0 simplejpeg==1.9.0 \
         nvidia-dali-cuda120==2.4.0 scikit-learn==1.9.1 scikit-image==0.26.0 timm==1.0.31
@@ -154,7 +154,7 @@ def main() -> None:
     """Makes the images, or serves as one contestant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--make_images', type=Path, metavar='FOLDER')
-    parser.add_argument('--contestant', help='run by input_throughput.py')
+    parser.add_argument('--contestant', help='run by input_pipeline.py')
     parser.add_argument('--data_dir', type=Path)
     parser.add_argument('--image_size', type=int, default=224)
     flags = parser.parse_args()

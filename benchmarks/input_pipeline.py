@@ -1,8 +1,8 @@
 """How many images a second input_pipeline delivers, beside other ways to feed a network, on this machine's CPU.
 
-    python benchmarks/input_throughput.py --other_python=torch-env/bin/python
+    python benchmarks/input_pipeline.py --other_python=torch-env/bin/python
 
-All read the same JPEGs (input_throughput_others.py says how they and the other environment are made) from TFRecord
+All read the same JPEGs (input_pipeline_others.py says how they and the other environment are made) from TFRecord
 shards or a folder that the system has in memory; take a random part of 0.08 to 1 of the area and 3/4 to 4/3 in aspect;
 resize it bilinearly to --image_size; mirror half of the images; and leave batches of 128 in uint8 in host memory, read
 ahead. All use as many threads or worker processes as there are cores. They take turns, see turns.py. What differs:
@@ -42,12 +42,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from input_throughput_others import BATCH, NUM_CORES, OTHER_AUGMENTED, OTHER_CONTESTANTS, RATIO, SCALE
+from input_pipeline_others import BATCH, NUM_CORES, OTHER_AUGMENTED, OTHER_CONTESTANTS, RATIO, SCALE
 from turns import serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_SHARDS = 8
-OTHERS = Path(__file__).with_name('input_throughput_others.py')
+OTHERS = Path(__file__).with_name('input_pipeline_others.py')
 
 
 def write_shards(folder: Path, shard_dir: Path) -> None:
@@ -209,7 +209,7 @@ def main() -> None:
     """Reads the flags; compares, or serves as one contestant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--other_python', help='the Python that has torchvision, DALI, simplejpeg')
-    parser.add_argument('--data_dir', type=Path, default=Path(tempfile.gettempdir()) / 'input_throughput')
+    parser.add_argument('--data_dir', type=Path, default=Path(tempfile.gettempdir()) / 'input_pipeline')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--secs', type=float, default=6.0, help='of a measurement')
     parser.add_argument('--image_size', type=int, default=224)
@@ -225,7 +225,7 @@ def main() -> None:
         settings = {'image_size': flags.image_size} | changed
         serve(make(flags.data_dir / 'tfrecord', **settings), versions={'tensorflow': tf.__version__})
     elif not flags.other_python:
-        parser.error('--other_python is missing: a Python with the packages of input_throughput_others.py')
+        parser.error('--other_python is missing: a Python with the packages of input_pipeline_others.py')
     else:
         compare(flags)
 
