@@ -76,5 +76,4 @@ class KeyedDropout(keras.layers.Layer):
             return x
         keys = current_step().row_keys
         uniform = tf.random.uniform(tf.shape(x)) if keys is None else keyed_uniform(keys, x.shape[-1])
-        keep = tf.cast(uniform >= self.rate, x.dtype)
-        return x * keep / tf.cast(1 - self.rate, x.dtype)
+        return x * tf.cast(uniform >= self.rate, x.dtype) / tf.cast(1 - self.rate, x.dtype)

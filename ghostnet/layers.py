@@ -78,8 +78,7 @@ def _symmetric_padding(kernel_size: int, strides: int) -> str | list[list[int]]:
 
     At stride 1 the two are the same, and 'SAME' is up to five times as fast in a depthwise gradient on the CPU.
     """
-    both_sides = [kernel_size // 2] * 2
-    return 'SAME' if strides == 1 else [[0, 0], both_sides, both_sides, [0, 0]]
+    return 'SAME' if strides == 1 else [[0, 0], [kernel_size // 2] * 2, [kernel_size // 2] * 2, [0, 0]]
 
 
 @keras.saving.register_keras_serializable('ghostnet')

@@ -20,7 +20,6 @@ import safetensors.numpy
 
 from ghostnet.model import BLOCKS, ghostnet
 
-NAMINGS = ('timm', 'official')  # the same names for version 1
 # Of damaged files, besides OSError and ValueError.
 _READ_ERRORS = (zipfile.BadZipFile, safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError)
 
@@ -86,8 +85,8 @@ def to_pytorch_state_dict(model: keras.Model, naming: str = 'timm') -> dict[str,
     As tensors they fit load_state_dict of timm's and of the authors' model. num_batches_tracked, which that does not
     ask of a plain dict, is left out. Raises ValueError for another naming, or a model that is no GhostNet.
     """
-    if naming not in NAMINGS:
-        raise ValueError(f'naming is {naming!r}; it must be one of {", ".join(NAMINGS)}')
+    if naming not in ('timm', 'official'):  # the same names for version 1
+        raise ValueError(f'naming is {naming!r}; it must be one of timm, official')
     return {key: np.ascontiguousarray(variable.numpy().transpose(_axes(variable)))
             for key, variable in _variables_by_key(model).items()}
 

@@ -1,8 +1,7 @@
 """Evaluation: each example of a split counted exactly once, with raw or averaged weights."""
 import functools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import keras
@@ -29,12 +28,12 @@ def open_train_batches(strategy: tf.distribute.Strategy, settings: Train, state:
 def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Callable,
                   state: TrainState, weights: str, *, source: input_pipeline.Source, bad: BadExamples,
                   eval_dataset: Callable[..., tf.data.Dataset],
-                  open_batches: Callable[[], Iterator]) -> Callable[[Callable[[], bool]], dict[str, float] | None]:
-    """Makes evaluate(must_stop) -> 'eval/loss', mean in nats, 'eval/top1', 'eval/top5', fractions, 'eval/examples'.
+                  open_batches: Callable[[], Iterator]) -> Callable[[Callable], dict[str, float]]:
+    """Makes evaluate(split) -> 'eval/loss', mean in nats, 'eval/top1', 'eval/top5', fractions, 'eval/examples'.
 
-    None if must_stop(), which is asked before each loop of batches, says so. Evaluated are the 'raw' or 'ema' `weights`
-    of the time of the call ('eval_ema/...'), on the examples of `source`; those that are masked are noted in `bad`.
-    Statistics of settings.eval_precise_batch_norm batches are those of the first of `open_batches()`.
+    split(num_batches) gives the size of each loop of batches before it begins; what it raises is passed on. Evaluated
+    are the 'raw' or 'ema' `weights` of the time of the call ('eval_ema/...'), on the examples of `source`; those masked
+    are noted in `bad`. Statistics of settings.eval_precise_batch_norm batches are of the first of `open_batches()`.
     """
     params, batch_stats = state.weights(weights)
     if settings.eval_precise_batch_norm:
@@ -46,24 +45,19 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, settings
                                                      global_batch_size=settings.global_batch_size))
     num_batches = -(-len(source) // settings.global_batch_size)
     # Traced now: what fails, fails before training, and no change of the source, which tracing reads, spoils it later.
-    eval_loop(iter(batches), tf.constant(0))
+    eval_loop(iter(batches), [0])
 
-    def evaluate(must_stop: Callable[[], bool]) -> dict[str, float] | None:
-        if settings.eval_precise_batch_norm:
-            estimate_loop(open_batches(), tf.constant(settings.eval_precise_batch_norm))
-        iterator, sums = iter(batches), Counter()
-        for first in range(0, num_batches, settings.steps_per_loop):
-            if must_stop():
-                return None
-            part = eval_loop(iterator, tf.constant(min(settings.steps_per_loop, num_batches - first)))
-            sums.update(tf.nest.map_structure(float, part))
+    def evaluate(split: Callable[[int], Iterable[int]]) -> dict[str, float]:
+        if count := settings.eval_precise_batch_norm:
+            estimate_loop(open_batches(), count, split(count))
+        sums = eval_loop(iter(batches), split(num_batches))
         if round(sums['rows']) != len(source):
             raise RuntimeError(f'{sums["rows"]:.0f} rows were evaluated, there are {len(source)} examples')
         if round(sums['examples']) < len(source):  # the others are bad
             bad.settle()
         kind = {'raw': 'eval', 'ema': 'eval_ema'}[weights]
-        means = {f'{kind}/{name}': sums[name] / (sums['examples'] or math.nan) for name in ('loss', 'top1', 'top5')}
-        return means | {f'{kind}/examples': round(sums['examples'])}
+        return {f'{kind}/{name}': sums[name] / (sums['examples'] or math.nan) for name in ('loss', 'top1', 'top5')} | {
+            f'{kind}/examples': round(sums['examples'])}
 
     return evaluate
 
@@ -95,4 +89,4 @@ def evaluate_checkpoint(settings: Train, data: Data, which: Evaluate, *, strateg
         source=eval_source, eval_dataset=eval_dataset,
         bad=BadExamples(None, settings.bad_example_budget, lambda write: write(), eval_source),
         open_batches=lambda: open_train_batches(strategy, settings, state, train_source, train_dataset))
-    return evaluate(lambda: False) | {'step': step, 'checkpoint': str(path)}
+    return evaluate(lambda num_batches: [num_batches]) | {'step': step, 'checkpoint': str(path)}

@@ -4,7 +4,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import tensorflow as tf
@@ -93,14 +93,28 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
         watchdog.heard()
         return sum_over_workers(int(should_stop())) > 0
 
+    def num_that_fit(secs: float, count: int) -> int:  # into a loop: a signal is obeyed after it, by all workers
+        secs_of_one = sum_over_workers(round(1e6 * secs)) / 1e6 / find_worker(strategy)[1] / count
+        return max(1, min(settings.steps_per_loop, int(settings.grace_secs / 2 / secs_of_one)))
+
+    def split(num_batches: int) -> Iterator[int]:
+        size = 1
+        while num_batches:
+            if must_stop():
+                raise StoppedEarly('amid an evaluation')
+            started = time.perf_counter()
+            yield (count := min(size, num_batches))
+            size, num_batches = num_that_fit(time.perf_counter() - started, count), num_batches - count
+
     def evaluate_and_keep_best() -> bool:
         """Whether it came to its end."""
         started, results = time.perf_counter(), {}
         with goodput.spend('evaluating'):
-            for evaluate in evaluators:
-                if (found := evaluate(must_stop)) is None:
-                    return False
-                results |= found
+            try:
+                for evaluate in evaluators:
+                    results |= evaluate(split)
+            except StoppedEarly:
+                return False
         final.update(results)
         if is_writer:  # before the report, without which a run that is killed in between evaluates again
             with goodput.spend('saving'):
@@ -128,9 +142,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
             goodput.spent_on_steps(secs, sums['data_wait_secs'], is_traced)
             stalls.spent_on_steps(secs, sums['data_wait_secs'], is_traced)
             reported.update(sums | {'steps': until - step, 'secs': secs})
-            # A signal is obeyed after a loop. The first is of one step, which is traced and compiled.
-            secs_a_step = sum_over_workers(round(1e6 * secs)) / 1e6 / find_worker(strategy)[1] / (until - step)
-            loop_steps = max(1, min(settings.steps_per_loop, int(settings.grace_secs / 2 / secs_a_step)))
+            loop_steps = num_that_fit(secs, until - step)  # the first loop is of one, which is traced and compiled
             if round(sums['seen']) < (until - step) * rows:
                 bad.settle(int(state.position.numpy()))
             step, is_traced = until, True

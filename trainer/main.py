@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
         if stray := _FLAGS(argv)[1:]:
             raise flags.Error(f'unexpected argument {stray[0]!r}: every setting is a flag, as --gin_file={stray[0]}')
     except flags.Error as error:
-        return _fail(str(error).replace('\n', ' '))
+        print(f'error: {error}'.replace('\n', ' '), file=sys.stderr)
+        return 2
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(message)s', force=True)
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS' own progress is of no use to the reader
     import_tensorflow()
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> int:
         with StopSignals() as signals:
             _run(signals)
     except (ConfigError, DataError, SaveError) as error:
-        return _fail(next(iter(str(error).splitlines()), ''), code=1 if isinstance(error, SaveError) else 2)
+        print(f'error: {next(iter(str(error).splitlines()), "")}', file=sys.stderr)
+        return 1 if isinstance(error, SaveError) else 2
     except StoppedEarly as stopped:
         logging.info('%s: the same command resumes', stopped)
         return EXIT_STOPPED
@@ -109,11 +111,6 @@ def _find_data(data) -> tuple[str, str, bool]:
         logging.warning('no %s: taking %s in %s, which TFDS downloads', data.default_dir, data.otherwise, general)
         return data.otherwise, general, True
     return data.name, _FLAGS.data_dir or data.default_dir or general, False
-
-
-def _fail(message: str, code: int = 2) -> int:
-    print(f'error: {message}', file=sys.stderr)
-    return code
 
 
 def import_tensorflow() -> None:

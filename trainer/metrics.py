@@ -12,8 +12,7 @@ def is_in_top_k(logits: tf.Tensor, labels: tf.Tensor, k: int) -> tf.Tensor:
     own = tf.gather(logits, labels[:, tf.newaxis], batch_dims=1)
     is_lower = tf.range(logits.shape[-1])[tf.newaxis] < labels[:, tf.newaxis]
     before = tf.reduce_sum(tf.cast((logits > own) | ((logits == own) & is_lower), tf.int32), axis=-1)
-    is_number = tf.reduce_all(tf.math.is_finite(logits), axis=-1)
-    return tf.cast((before < k) & is_number, tf.float32)
+    return tf.cast((before < k) & tf.reduce_all(tf.math.is_finite(logits), axis=-1), tf.float32)
 
 
 def masked_sums(logits: tf.Tensor, losses: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> dict[str, tf.Tensor]:

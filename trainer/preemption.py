@@ -90,7 +90,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         peer_timeout_secs = self._strategy.peer_timeout_secs if is_multi_worker(self._strategy) else math.inf
-        answered = dict.fromkeys(_peers(self._strategy), time.monotonic())
+        own, num_workers = find_worker(self._strategy)
+        answered = {peer: time.monotonic() for peer in range(num_workers) if peer != own}
         while not self._stopped.wait(min(10.0, peer_timeout_secs / 4, self._step_timeout_secs / 4)):
             answered |= {peer: time.monotonic() for peer in answered if _answers(peer)}
             now = time.monotonic()
@@ -111,14 +112,10 @@ def leave_to_try_again(strategy: tf.distribute.Strategy, error: tf.errors.OpErro
     kinds = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError,
              tf.errors.CancelledError, tf.errors.FailedPreconditionError, tf.errors.InternalError)
     if is_multi_worker(strategy) and isinstance(error, kinds):
-        silent = [describe_worker(strategy, peer) for peer in _peers(strategy) if not _answers(peer)]
+        own, num_workers = find_worker(strategy)
+        silent = [describe_worker(strategy, i) for i in range(num_workers) if i != own and not _answers(i)]
         reason = next(iter(error.message.splitlines()), type(error).__name__)
         leave(f'lost {", ".join(silent)}' if silent else f'a step with the other workers failed: {reason}')
-
-
-def _peers(strategy: tf.distribute.Strategy) -> list[int]:
-    own, num_workers = find_worker(strategy)
-    return [i for i in range(num_workers) if i != own]
 
 
 def _answers(peer: int) -> bool:

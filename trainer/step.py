@@ -3,10 +3,11 @@
 A training step is two pure functions, forward_backward and update, with one packed all-reduce between them.
 """
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from ghostnet.keyed import row_keys, step_context
@@ -164,27 +165,33 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 
 
 def _make_total(strategy: tf.distribute.Strategy, settings: Train, forward: Callable, params: Variables,
-                batch_stats: Variables, shape: list[int], reduction: str) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
-    """Makes total(iterator, num_batches) -> float64: forward(params, batch_stats, batch) over replicas and batches."""
+                batch_stats: Variables, shape: list[int], reduction: str) -> Callable[..., np.ndarray]:
+    """Makes total(iterator, loop_sizes): forward(params, batch_stats, batch) over replicas and batches, as float64."""
     forward = _compile(forward) if _use_jit(strategy, settings) else tf.autograph.experimental.do_not_convert(forward)
 
     def replica_step(batch: Tensors) -> tf.Tensor:
         values = [[tf.convert_to_tensor(v) for v in variables.values()] for variables in (params, batch_stats)]
         return forward(*values, batch)
 
-    def total(iterator: Iterator, num_batches: tf.Tensor) -> tf.Tensor:
-        totals = tf.zeros(shape, tf.float64)
+    @tf.function
+    def loop(iterator: Iterator, num_batches: tf.Tensor, totals: tf.Tensor) -> tf.Tensor:
         for _ in tf.range(num_batches):
             of_batch = strategy.reduce(reduction, strategy.run(replica_step, args=(next(iterator),)), axis=None)
-            totals += tf.cast(of_batch, tf.float64)
+            totals += tf.cast(of_batch, tf.float64)  # batch by batch: the same bits in loops of any sizes
+        return totals
+
+    def total(iterator: Iterator, loop_sizes: Iterable[int]) -> np.ndarray:
+        totals = np.zeros(shape)
+        for size in loop_sizes:
+            totals = loop(iterator, tf.constant(size), tf.constant(totals)).numpy()  # here the host waits
         return totals
 
     return total
 
 
 def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
-                       params: Variables, batch_stats: Variables) -> Callable[[Iterator, tf.Tensor], None]:
-    """Makes estimate_loop(iterator, num_batches), which assigns statistics of these training batches to batch_stats.
+                       params: Variables, batch_stats: Variables) -> Callable[[Iterator, int, Iterable[int]], None]:
+    """Makes estimate_loop(iterator, num_batches, loop_sizes), which assigns statistics of these batches to batch_stats.
 
     The variance is that of all rows: the mean of the batches' variances and the variance of their means. Source: Wu and
     Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
@@ -199,12 +206,11 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, set
 
     total = _make_total(strategy, settings, forward, params, batch_stats, [2, sum(sizes)], 'MEAN')
 
-    @tf.function
-    def estimate_loop(iterator, num_batches):
-        means, squares = tf.unstack(total(iterator, num_batches) / tf.cast(num_batches, tf.float64))
+    def estimate_loop(iterator: Iterator, num_batches: int, loop_sizes: Iterable[int]) -> None:
+        means, squares = total(iterator, loop_sizes) / num_batches
         # By path: the mean over the batches, and, of which only those of the batches' means are used, the variance.
-        means, spreads = (dict(zip(batch_stats, tf.split(tf.cast(values, tf.float32), sizes), strict=True))
-                          for values in (means, squares - tf.square(means)))
+        means, spreads = (dict(zip(batch_stats, np.split(np.float32(values), np.cumsum(sizes[:-1])), strict=True))
+                          for values in (means, squares - np.square(means)))
         for path, variable in batch_stats.items():
             is_mean = path.endswith('moving_mean')
             variable.assign(means[path] + (0.0 if is_mean else spreads[path.replace('moving_variance', 'moving_mean')]))
@@ -213,8 +219,8 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, set
 
 
 def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
-                   params: Variables, batch_stats: Variables) -> Callable[[Iterator, tf.Tensor], Tensors]:
-    """Makes eval_loop(iterator, num_batches) -> metrics.SUMS of the unmasked rows, and 'rows', all but the padding."""
+                   params: Variables, batch_stats: Variables) -> Callable[[Iterator, Iterable[int]], dict[str, float]]:
+    """Makes eval_loop(iterator, loop_sizes) -> metrics.SUMS of the unmasked rows, and 'rows', all but the padding."""
     def forward(params: list[tf.Tensor], batch_stats: list[tf.Tensor], batch: Tensors) -> tf.Tensor:
         images = normalize(batch['image'])
         views = [images, tf.reverse(images, [2])] if settings.eval_flip else [images]
@@ -225,4 +231,4 @@ def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, setting
 
     names = (*SUMS, 'rows')
     total = _make_total(strategy, settings, forward, params, batch_stats, [len(names)], 'SUM')
-    return tf.function(lambda iterator, num_batches: dict(zip(names, tf.unstack(total(iterator, num_batches)))))
+    return lambda iterator, loop_sizes: dict(zip(names, total(iterator, loop_sizes).tolist(), strict=True))

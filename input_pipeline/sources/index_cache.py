@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-_log = logging.getLogger(__name__)
 _FORMAT = 2
 
 
@@ -33,10 +32,10 @@ def cached_array(paths: Sequence[str], name: str, key: str, build: Callable[[], 
             with np.load(path, allow_pickle=False) as file:
                 if str(file['fingerprint']) == fingerprint:
                     return file['array']
-            _log.info('%s is out of date: the shards changed', path)
+            logging.info('%s is out of date: the shards changed', path)
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            _log.warning('%s cannot be read (%s): indexing again', path, error)
-    _log.info('indexing %s, shards: %d (once)', name, len(paths))
+            logging.warning('%s cannot be read (%s): indexing again', path, error)
+    logging.info('indexing %s, shards: %d (once)', name, len(paths))
     array = build()
     for path in cache_paths:
         try:
@@ -46,11 +45,11 @@ def cached_array(paths: Sequence[str], name: str, key: str, build: Callable[[], 
                 scratch_path = os.path.join(scratch, 'index.npz')
                 np.savez(scratch_path, fingerprint=np.array(fingerprint), array=array)
                 os.replace(scratch_path, path)
-            _log.info('indexed %s, cached in %s', name, path)
+            logging.info('indexed %s, cached in %s', name, path)
             return array
         except OSError as error:
-            _log.info('cannot cache the index in %s: %s', path, error)
-    _log.info('indexed %s, cached in no file: the next start indexes again', name)
+            logging.info('cannot cache the index in %s: %s', path, error)
+    logging.info('indexed %s, cached in no file: the next start indexes again', name)
     return array
 
 

@@ -11,7 +11,6 @@ from input_pipeline.sources.index_cache import in_parallel
 from input_pipeline.sources.record_index import NO_LABEL, load_record_index, open_shard
 from input_pipeline.sources.source import DataError, Source
 
-_log = logging.getLogger(__name__)
 IMAGE_KEY, LABEL_KEY = 'image/encoded', 'image/class/label'
 MAX_BAD_LABELS = 0.1  # of a split; with more the whole set is another one
 
@@ -112,7 +111,7 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
     if first not in (0, 1):
         raise DataError(f'{what}: labels are {first}..{last}; the smallest must be 0 or 1')
     num_classes = last - first + 1
-    _log.info('%s: labels %d..%d count from %d, %d classes', what, first, last, first, num_classes)
+    logging.info('%s: labels %d..%d count from %d, %d classes', what, first, last, first, num_classes)
     check_labels(labels, num_classes, f'{split} of {data_dir}', f'{", ".join(rule_splits)} has {first}..{last}', first)
     return first, [str(i) for i in range(num_classes)]
 

@@ -132,7 +132,7 @@ def linear_classifier():
 
 
 def fit(workdir, monkeypatch, stop_at=None, **settings):
-    """Trains for 8 steps with evaluations of 2 batches after steps 3, 6 and 8; should_stop says so at its n-th call."""
+    """Trains for 8 steps with evaluations of 3 batches after steps 3, 6 and 8; should_stop says so at its n-th call."""
     calls = []
 
     def should_stop():
@@ -145,7 +145,7 @@ def fit(workdir, monkeypatch, stop_at=None, **settings):
     with monkeypatch.context() as patch:
         patch.setattr(loop, 'train', functools.partial(loop.train, should_stop=should_stop))
         result = trainer.train(linear_classifier(), images, labels, epochs=8 / 3, global_batch_size=8,
-                               eval_data=(images[:13], labels[:13]), workdir=workdir, peak_rate=1e-3,
+                               eval_data=(images[:21], labels[:21]), workdir=workdir, peak_rate=1e-3,
                                **{'steps_per_loop': 1, 'log_every_steps': 2} | settings)
     return len(calls), {tag: value for tag, value in result.items() if not tag.startswith(CLOCK)}
 
@@ -154,7 +154,7 @@ def test_wherever_it_is_stopped_it_ends_as_if_it_had_not_been(tmp_path, monkeypa
     """Before the first step, after each, and within each evaluation, which is made anew."""
     num_calls, of_whole = fit(tmp_path / 'whole', monkeypatch)
     evaluated = [line for line in reports(tmp_path / 'whole') if 'eval/loss' in line]
-    assert [line['step'] for line in evaluated] == [3, 6, 8] and num_calls == 1 + 8 + 3 * (2 + 1)
+    assert [line['step'] for line in evaluated] == [3, 6, 8] and num_calls == 1 + 8 + 3 * (3 + 1)
     num_stopped = 0
     for stop_at in range(1, num_calls + 1):
         workdir = tmp_path / str(stop_at)
@@ -169,11 +169,11 @@ def test_wherever_it_is_stopped_it_ends_as_if_it_had_not_been(tmp_path, monkeypa
     assert num_stopped == num_calls - 1  # asked once more when all was done
 
 
-def test_loops_of_steps_are_as_short_as_the_grace_needs(tmp_path, monkeypatch):
-    """They are of one step where all are too slow; the result does not depend on it."""
+def test_loops_are_as_short_as_the_grace_needs(tmp_path, monkeypatch):
+    """They are of one step or batch where all are too slow; the result does not depend on it."""
     (slow, of_slow), (fast, of_fast) = (
         fit(tmp_path / str(secs), monkeypatch, steps_per_loop=100, log_every_steps=100, grace_secs=secs)
         for secs in (1e-9, 1e9))
-    assert slow == 1 + 8 + 3 * 2  # before the first, after each, and for each evaluation, of one loop, twice
-    assert fast == 1 + (1 + 3) + 3 * 2  # one step that is traced, then up to each evaluation
+    assert slow == 1 + 8 + 3 * (3 + 1)  # before the first step, after each, before each batch, after each evaluation
+    assert fast == 1 + (1 + 3) + 3 * (2 + 1)  # one step that is traced, up to each evaluation; one batch, the others
     assert of_slow == of_fast

@@ -158,7 +158,7 @@ def test_evaluation_counts_each_example_once(num_replicas, flip):
     loop = make_eval_loop(trainer.strategy, trainer.model, trainer.settings, NORMALIZE, *trainer.state.weights('raw'))
     iterator = iter(distribute(trainer.strategy, lambda **shard: tf.data.Dataset.from_tensor_slices(
         {key: np.stack([batch[key] for batch in batches]) for key in batches[0]})))
-    sums = {name: float(value) for name, value in loop(iterator, tf.constant(2)).items()}
+    sums = loop(iterator, [1, 1])
     images = np.concatenate([batches[0]['image'], batches[1]['image'][:5]])
     labels = np.concatenate([batches[0]['label'], batches[1]['label'][:5]])
     logits = trainer.model(NORMALIZE(images), training=False)
@@ -181,8 +181,17 @@ def test_statistics_that_are_taken_anew_are_those_of_all_rows(num_replicas):
         estimated = {path: tf.Variable(v, trainable=False) for path, v in trainer.state.batch_stats.items()}
     loop = make_estimate_loop(trainer.strategy, trainer.model, trainer.settings, NORMALIZE, trainer.state.params,
                               estimated)
-    loop(iter(distribute(trainer.strategy, lambda **shard: tf.data.Dataset.from_tensor_slices(
-        {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}))), tf.constant(3))
+    distributed = distribute(trainer.strategy, lambda **shard: tf.data.Dataset.from_tensor_slices(
+        {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}))
+
+    def stopped():
+        yield 1
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        loop(iter(distributed), 3, stopped())
+    assert_same_bits({f'batch_stats/{path}': v.numpy() for path, v in estimated.items()}, before)
+    loop(iter(distributed), 3, [1, 2])
     stem = trainer.model.get_layer('stem').conv
     outputs = np.concatenate([stem(NORMALIZE(batch['image'])) for batch in batches]).astype(np.float64)
     # Each batch on each replica has the unbiased variance of its own count.
