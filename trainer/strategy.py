@@ -22,9 +22,10 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
         name: 'one_device'; 'mirrored': all GPUs of this machine, or logical CPUs where there is none; 'multi_worker':
             all GPUs, or the CPU, of every process that TF_CONFIG or SLURM names; 'tpu': a TPU slice; 'auto': the first
             of tpu, multi_worker, mirrored that there is more than one device for, else one device.
+        num_devices: GPUs or logical CPUs for 'mirrored'; None: all GPUs.
         op_threads: threads to an operation on the CPU. None: one a core; 1 is faster where parts or replicas use them.
         timeout_secs: how long a worker of 'multi_worker' waits for the others in a collective before it gives up.
-        num_devices, tpu: GPUs or logical CPUs for 'mirrored', None: all GPUs; 'local' on a TPU VM, or a TPU's name.
+        tpu: 'local' on a TPU VM, or a TPU's name.
     """
     names = ('auto', 'one_device', 'mirrored', 'multi_worker', 'tpu')
     require(name in names, 'build_strategy.name', name, f'one of {", ".join(names)}')
