@@ -116,6 +116,7 @@ def describe_environment(strategy: tf.distribute.Strategy) -> dict[str, Any]:
     """What bits depend on, apart from the recipe."""
     cpuinfo, threads = Path('/proc/cpuinfo'), tf.config.threading
     cpu = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
-    return {'tensorflow': tf.__version__, 'cpu': cpu[1] if cpu else platform.machine(),
-            'num_cpus': len(os.sched_getaffinity(0)), 'num_replicas': strategy.num_replicas_in_sync,
+    return {'tensorflow': tf.__version__, 'TF_ENABLE_ONEDNN_OPTS': os.environ.get('TF_ENABLE_ONEDNN_OPTS'),
+            'cpu': cpu[1] if cpu else platform.machine(), 'num_cpus': len(os.sched_getaffinity(0)),
+            'num_replicas': strategy.num_replicas_in_sync,
             'threads': [threads.get_inter_op_parallelism_threads(), threads.get_intra_op_parallelism_threads()]}

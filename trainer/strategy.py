@@ -55,8 +55,6 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
         raise ConfigError(f'build_strategy.num_devices is {num_devices} with {name}; take mirrored')
     if name == 'tpu':
         return _build_tpu_strategy(tpu)
-    if not gpus:  # a quarter of the time that it takes to trace and compile a step, which is no faster for it on a CPU
-        tf.config.optimizer.set_experimental_options({'disable_meta_optimizer': True})
     if name == 'multi_worker':
         return _build_multi_worker_strategy(len(gpus), timeout_secs)
     kind, count = 'GPU' if gpus else 'CPU', 1 if name == 'one_device' else num_devices or len(gpus) or 1

@@ -26,7 +26,7 @@ from step_harness import (
 from ghostnet.layers import ConvBN
 from trainer.optimizer import adamw, lamb, rmsprop, sgd
 from trainer.step import distribute, make_estimate_loop, make_eval_loop
-from trainer.strategy import build_strategy
+from trainer.strategy import build_strategy, has_accelerator
 
 # Replicas
 
@@ -212,6 +212,11 @@ def test_one_cpu_takes_the_dataset_as_it_is(name, num_devices):
     batches = distribute(build_strategy(name, num_devices), lambda **shard: given.append(shard) or dataset)
     assert (batches is dataset) == (name == 'one_device')
     assert given == [{'shard': 0, 'num_shards': 1}]
+
+
+def test_grappler_is_off_on_a_cpu():
+    build()
+    assert tf.config.optimizer.get_experimental_options()['disable_meta_optimizer'] == (not has_accelerator())
 
 
 # XLA

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import tensorflow as tf
 
 from trainer.recipe import ConfigError
 from trainer.strategy import build_strategy
@@ -37,12 +36,6 @@ def test_a_wrong_setting_gives_one_line(settings, words):
     with pytest.raises(ConfigError) as error:
         build_strategy(**settings)
     assert str(error.value).startswith(words)
-
-
-def test_grappler_is_off_without_a_gpu():
-    build_strategy('one_device')
-    is_off = tf.config.optimizer.get_experimental_options().get('disable_meta_optimizer', False)
-    assert is_off == (not tf.config.list_physical_devices('GPU'))
 
 
 # Blocks larger than glibc's largest threshold, which it always takes from the kernel and gives back.
