@@ -26,11 +26,12 @@ command=("$venv/bin/python" -m trainer.main ${recipe:+"--gin_file=$recipe"} "$@"
 # Who kills this script kills the trainer, or it would go on beside the next start.
 if setpriv --pdeathsig KILL sh -c : 2>/dev/null; then command=(setpriv --pdeathsig KILL "${command[@]}"); fi
 
-# In the background, where bash lets it ignore what is typed at the terminal: each signal reaches it through this script.
+# It ignores what a terminal sends to all of its processes, which reaches it through this script, as SIGTERM.
 run_trainer() {
   local trainer told=''
-  "${command[@]}" &
+  (trap '' INT HUP; exec "${command[@]}") &
   trainer=$!
+  tick  # until then bash itself would take a signal
   while kill -0 "$trainer" 2>/dev/null; do
     if [[ $stopping != "$told" ]]; then
       told=$stopping

@@ -16,7 +16,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # srun hands th
 
 
 class StoppedEarly(Exception):
-    """The run was asked to stop, and everything is saved."""
+    """The run was asked to stop; once this has left `loop.train`, everything is saved."""
 
 
 class StopSignals:

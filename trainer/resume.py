@@ -50,8 +50,8 @@ def restore_latest(directory: Path, strategy: tf.distribute.Strategy, state: Tra
     state.restore(checkpoint.load(path, state.variables()))
     logging.info('resuming from %s', path)
     for key, value in now.items():
-        if key != 'fingerprint' and then.get(key) != value:
-            logging.warning('%s was %s, is %s: resume is exact in data, not in bits', key, then.get(key), value)
+        if key != 'fingerprint' and then.get(key, value) != value:
+            logging.warning('%s was %s, is %s: resume is exact in data, not in bits', key, then[key], value)
     return then
 
 

@@ -12,6 +12,7 @@ from input_pipeline.sources.idx import open_idx
 from input_pipeline.sources.source import DataError, Source
 from input_pipeline.sources.tfrecord import open_tfrecord
 
+_TFDS_REMOTE = 'gs://'  # what TFDS too can read
 _OPENERS = {'tfrecord': open_tfrecord, 'arrayrecord': open_arrayrecord, 'folder': open_folder, 'idx': open_idx}
 
 
@@ -28,9 +29,9 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
     data_dir = os.path.expanduser(data_dir)
     try:
         if '://' in data_dir:
-            if name != 'tfrecord' and not (name.startswith('tfds:') and data_dir.startswith('gs://')):
+            if name != 'tfrecord' and not (name.startswith('tfds:') and data_dir.startswith(_TFDS_REMOTE)):
                 raise DataError(f"data_dir {data_dir} is remote; for {name} give a local directory. 'tfrecord' can be "
-                                f"read from there, 'tfds:' from gs://")
+                                f"read from there, 'tfds:' from {_TFDS_REMOTE}")
             tf.io.gfile.stat(data_dir)  # says why it cannot be read
         source = _open(name, data_dir, split, prepare)
         if not len(source):
