@@ -18,5 +18,4 @@ def is_in_top_k(logits: tf.Tensor, labels: tf.Tensor, k: int) -> tf.Tensor:
 def masked_sums(logits: tf.Tensor, losses: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> dict[str, tf.Tensor]:
     """Sums over the rows whose mask is 1; 'examples' is their count. All float32 scalars."""
     return {'examples': tf.reduce_sum(mask), 'loss': tf.reduce_sum(tf.where(mask > 0, losses, 0.0)),
-            'top1': tf.reduce_sum(mask * is_in_top_k(logits, labels, 1)),
-            'top5': tf.reduce_sum(mask * is_in_top_k(logits, labels, 5))}
+            **{f'top{k}': tf.reduce_sum(mask * is_in_top_k(logits, labels, k)) for k in (1, 5)}}
