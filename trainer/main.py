@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS' own progress is of no use to the reader
     import_tensorflow()
     from input_pipeline import DataError
-    from trainer.exits import EXIT_STOPPED
+    from trainer.exits import EXIT_STOPPED, end
     from trainer.preemption import StoppedEarly, StopSignals
     from trainer.saver import SaveError
     try:
@@ -52,9 +52,8 @@ def main(argv: list[str]) -> int:
     except (ConfigError, DataError, SaveError) as error:
         print(f'error: {next(iter(str(error).splitlines()), "")}', file=sys.stderr)
         return 1 if isinstance(error, SaveError) else 2
-    except StoppedEarly as stopped:
-        logging.info('%s: the same command resumes', stopped)
-        return EXIT_STOPPED
+    except StoppedEarly as stopped:  # iterators that it holds may take a minute to end, which no scheduler waits
+        end(EXIT_STOPPED, f'{stopped}: the same command resumes')
     return 0
 
 

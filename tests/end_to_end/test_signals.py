@@ -59,6 +59,25 @@ def test_a_signal_ends_the_run_at_a_step_that_is_saved(sent, start_run, tmp_path
         assert tensors(tmp_path / 'run')['step'] == NUM_STEPS
 
 
+def test_what_takes_long_to_be_dropped_does_not_hold_up_the_end(command, folder, recipe, tmp_path, monkeypatch):
+    """As iterators of several replicas, which is longer than a scheduler waits before it kills."""
+    happened = []
+
+    class Iterator:
+        def __del__(self):
+            happened.append('dropped')
+
+    def train(*_, **__):
+        batches = Iterator()  # noqa: F841
+        raise StoppedEarly('stopped at step 4 of 8, and saved')
+
+    monkeypatch.setattr(loop, 'train', train)
+    monkeypatch.setattr(os, '_exit', happened.append)
+    _, stdout, stderr = command(f'--gin_file={recipe}', f'--data_dir={folder}', f'--workdir={tmp_path / "run"}')
+    assert happened[0] == 42 and stdout == ''
+    assert 'stopped at step 4 of 8, and saved: the same command resumes' in stderr
+
+
 def test_a_second_signal_ends_at_once(start_run):
     """Even amid a loop of steps that would go on for minutes."""
     endless = ('--gin_param=train.epochs=1e6', *(f'--gin_param=train.{name}=1000000000' for name in (
