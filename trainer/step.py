@@ -67,12 +67,13 @@ def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any, 
     # fills no row, most of it small, is laid together first: each operation on each of these many takes its time.
     ragged, whole = groups = [], []
     for t in tf.nest.flatten(tree):
-        groups[t.shape.num_elements() % 128 == 0].append(tf.reshape(t, [-1]))
+        groups[t.shape.num_elements() % 128 == 0].append(t if t.shape.rank == 1 else tf.reshape(t, [-1]))
     ragged.append(tf.zeros([-sum(t.shape[0] for t in ragged) % 128]))
     rows = [tf.reshape(tf.cast(t, dtype), [-1, 128]) for t in (*whole, tf.concat(ragged, axis=0))]
     *whole, rest = tf.split(tf.cast(all_reduce(tf.concat(rows, axis=0)), tf.float32), [r.shape[0] for r in rows])
     sums = iter(tf.split(tf.reshape(rest, [-1]), [t.shape[0] for t in ragged])), iter(whole)
-    return tf.nest.map_structure(lambda t: tf.reshape(next(sums[t.shape.num_elements() % 128 == 0]), t.shape), tree)
+    return tf.nest.map_structure(lambda t: s if (s := next(sums[t.shape.num_elements() % 128 == 0])).shape == t.shape
+                                 else tf.reshape(s, t.shape), tree)
 
 
 def _stay(tensor: tf.Tensor) -> tf.Tensor:
