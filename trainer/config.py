@@ -50,8 +50,8 @@ _PARTS = {'ghostnet': build_ghostnet, 'article_ghostnet': build_article_ghostnet
           'random_shift': input_pipeline.make_random_shift, 'rand_augment': input_pipeline.make_rand_augment,
           'auto_augment': input_pipeline.make_auto_augment, 'color_jitter': input_pipeline.make_color_jitter}
 # What a run gives to its roots itself: not for gin to bind.
-_GIVEN = {'eval_dataset': (given := ['source', 'global_batch_size', 'shard', 'num_shards', 'on_bad']),
-          'train_dataset': [*given, 'seed', 'start_position', 'on_times'],
+_GIVEN = {'eval_dataset': (_of_both := ['source', 'global_batch_size', 'shard', 'num_shards', 'on_bad']),
+          'train_dataset': [*_of_both, 'seed', 'start_position', 'on_times'],
           **dict.fromkeys(['cosine', 'linear', 'exponential', 'constant_rate'],
                           ['num_steps', 'steps_per_epoch', 'global_batch_size'])}
 _CONFIGURABLES = {name: gin.external_configurable(target, name, denylist=_GIVEN.get(name))

@@ -29,7 +29,7 @@ flags.DEFINE_integer('worker_index', None, 'Which of --workers this process is, 
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Runs the command and returns its exit code; a run that was stopped ends the process itself."""
     if {'--help', '-help', '-h'} & set(argv[1:]):
         print(f'{__doc__}\n{_FLAGS.module_help(sys.modules[__name__])}')
         return 0

@@ -63,17 +63,17 @@ def _use_jit(strategy: tf.distribute.Strategy, settings: Train) -> bool:
 
 def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any, dtype: str = 'float32') -> Any:
     """Sums the float32 tensors of any structure over the replicas, in one collective that moves them as `dtype`."""
-    # In rows of 128 numbers: tf.split need not copy what begins at a multiple of 64 bytes, and a TPU pads no row. What
-    # fills no row, most of it small, is laid together first: each operation on each of these many takes its time.
-    ragged, whole = groups = [], []
-    for t in tf.nest.flatten(tree):
-        groups[t.shape.num_elements() % 128 == 0].append(t if t.shape.rank == 1 else tf.reshape(t, [-1]))
+    # In rows of 128 numbers: tf.split need not copy what begins at a multiple of 64 bytes, and a TPU pads no row. The
+    # many small tensors that fill no row are laid together first, as each operation on each of them takes its time.
+    tensors = tf.nest.flatten(tree)
+    whole = [t for t in tensors if t.shape.num_elements() % 128 == 0]
+    ragged = [t if t.shape.rank == 1 else tf.reshape(t, [-1]) for t in tensors if t.shape.num_elements() % 128]
     ragged.append(tf.zeros([-sum(t.shape[0] for t in ragged) % 128]))
     rows = [tf.reshape(tf.cast(t, dtype), [-1, 128]) for t in (*whole, tf.concat(ragged, axis=0))]
     *whole, rest = tf.split(tf.cast(all_reduce(tf.concat(rows, axis=0)), tf.float32), [r.shape[0] for r in rows])
-    sums = iter(tf.split(tf.reshape(rest, [-1]), [t.shape[0] for t in ragged])), iter(whole)
-    return tf.nest.map_structure(lambda t: s if (s := next(sums[t.shape.num_elements() % 128 == 0])).shape == t.shape
-                                 else tf.reshape(s, t.shape), tree)
+    whole, ragged = iter(whole), iter(tf.split(tf.reshape(rest, [-1]), [t.shape[0] for t in ragged]))
+    sums = [(next(ragged if t.shape.num_elements() % 128 else whole), t.shape) for t in tensors]
+    return tf.nest.pack_sequence_as(tree, [s if s.shape == shape else tf.reshape(s, shape) for s, shape in sums])
 
 
 def _stay(tensor: tf.Tensor) -> tf.Tensor:

@@ -89,10 +89,10 @@ class Telemetry:
 
 def progress_line(*, step: int, num_steps: int, metrics: Mapping[str, float], eta_secs: float) -> str:
     """step, loss, top-1, img/s, data wait, time left: one line of fixed order."""
-    hours, rest = int(eta_secs) // 3600, time.strftime('%M:%S', time.gmtime(eta_secs))
+    hours, minutes = int(eta_secs) // 3600, time.strftime('%M:%S', time.gmtime(eta_secs))
     return (f'[{"#" * round(20 * step / num_steps):<20}] step {step}/{num_steps}  loss {metrics["train/loss"]:.3f}  '
             f'top-1 {100 * metrics["train/top1"]:.1f} %  {metrics["train/images_per_sec"]:.0f} img/s  '
-            f'data wait {100 * metrics["train/data_wait_fraction"]:.0f} %  ETA {hours}:{rest}')
+            f'data wait {100 * metrics["train/data_wait_fraction"]:.0f} %  ETA {hours}:{minutes}')
 
 
 def train_metrics(sums: Mapping[str, float], learning_rate: float) -> dict[str, float]:
