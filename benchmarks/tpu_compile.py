@@ -28,7 +28,7 @@ from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_all_reduce  # no publ
 from ghostnet import ghostnet
 from trainer import optimizer, schedule
 from trainer.recipe import Train
-from trainer.state import Values, build_train_state
+from trainer.state import build_train_state
 from trainer.step import make_normalize, make_step
 
 HOST_TRANSFERS = re.compile(r'\b(?:infeed|outfeed|send|recv|host-compute)(?:-start|-done)?\(')
@@ -44,18 +44,12 @@ def lower_step(rows: int, num_replicas: int, image_size: int, width: float, prec
     values = build_train_state(model, init, settings).read()
     step = make_step(
         model, settings, normalize=make_normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), update_fn=update,
-        schedule=schedule.cosine(0.8, num_steps=100_000), num_replicas=num_replicas, jit=False)
-
-    def all_reduce(tensor: tf.Tensor) -> tf.Tensor:
-        return xla_all_reduce(tensor, [list(range(num_replicas))], 'Add', 'CrossReplica')
-
-    @tf.function(jit_compile=True, autograph=False)
-    def replica_step(values: Values, batch: dict[str, tf.Tensor], step_number: tf.Tensor, replica_id: tf.Tensor):
-        return step(values, batch, step_number, replica_id, all_reduce)
-
+        schedule=schedule.cosine(0.8, num_steps=100_000), num_replicas=num_replicas,
+        all_reduce=lambda tensor: xla_all_reduce(tensor, [list(range(num_replicas))], 'Add', 'CrossReplica'))
     batch = {'image': tf.zeros([rows, image_size, image_size, 3], tf.uint8), 'label': tf.zeros([rows], tf.int32),
              'index': tf.zeros([rows], tf.int64), 'mask': tf.ones([rows])}
-    return replica_step.experimental_get_compiler_ir(values, batch, tf.constant(0, tf.int64), tf.constant(0))(
+    step = tf.function(step, jit_compile=True, autograph=False)
+    return step.experimental_get_compiler_ir(values, batch, tf.constant(0, tf.int64), tf.constant(0))(
         stage='hlo_serialized')
 
 

@@ -70,8 +70,7 @@ def _build_layers(classes: int, apply_se: bool, classifier_activation: str | Non
     if not (isinstance(classes, int) and classes > 0):
         raise ValueError(f'article.classes is {classes!r}; it must be a positive integer')
     if classifier_activation not in ('softmax', None):
-        raise ValueError(f"article.classifier_activation is {classifier_activation!r}; it must be 'softmax', or None "
-                         'for logits')
+        raise ValueError(f"article.classifier_activation is {classifier_activation!r}; it must be 'softmax' or None")
     return [
         *_with_bn(_conv(16, kernel_size=3, strides=2, name='stem')),
         *(GhostBottleneck(expansion, filters, kernel_size, strides, bool(apply_se and se_ratio), name=f'block_{number}')

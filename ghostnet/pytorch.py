@@ -62,11 +62,10 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
     variables = _variables_by_key(model)
     shapes = {key: tuple(variable.shape[i] for i in _axes(variable)) for key, variable in variables.items()}
     fitting = [key for key in variables if key in state and state[key].shape == shapes[key]]
-    problems = {
-        'missing': [key for key in variables if key not in state],
-        'left over': [key for key in state if key not in variables],
-        'misshapen': [f'{key} {state[key].shape} instead of {shapes[key]}'
-                      for key in variables if key in state and key not in fitting]}
+    problems = {'missing': [key for key in variables if key not in state],
+                'left over': [key for key in state if key not in variables],
+                'misshapen': [f'{key} {state[key].shape} instead of {shapes[key]}' for key in variables
+                              if key in state and key not in fitting]}
     if any(problems.values()):
         source = 'the state dict' if is_mapping else path_or_mapping
         message = f'{source} does not fit the model {model.name}: ' + '; '.join(

@@ -99,7 +99,6 @@ def latest_valid(directory: Path) -> Path | None:
     if paths:
         raise ConfigError(f'all {len(paths)} checkpoints in {directory} are damaged: restore one from a copy, or take '
                           'another --workdir to start anew')
-    return None
 
 
 def find_damage(path: Path) -> str:

@@ -24,7 +24,7 @@ def make_forward_backward(model: keras.Model, settings: Train, normalize: Callab
     (grads, batch_stats, sums) of these rows: uint8 images -> mix -> normalize -> erase -> model, a pure function.
 
     Summed over `num_replicas` replicas the gradients are those of the global mean. Batch statistics are the sum of what
-    each of settings.accumulate parts has; cross_replica_mean, None with parts, synchronises them, see `step_context`.
+    each of settings.accumulate parts has; cross_replica_mean synchronises them, see `step_context`; parts take none.
     """
     def forward_backward(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors, keys: tf.Tensor,
                          step_keys: tf.Tensor, cross_replica_mean: Callable[[tf.Tensor], tf.Tensor] | None = None):
@@ -51,7 +51,7 @@ def make_forward_backward(model: keras.Model, settings: Train, normalize: Callab
     parallel_parts = 1 if has_accelerator() else max(1, len(os.sched_getaffinity(0)) // num_replicas)
 
     def forward_backward_in_parts(params: Tensors, batch_stats: Tensors, loss_scale: Tensors, batch: Tensors,
-                                  keys: tf.Tensor, step_keys: tf.Tensor, _: None):  # recipe refuses to synchronise them
+                                  keys: tf.Tensor, step_keys: tf.Tensor):
         """The sums of forward_backward over settings.accumulate equal parts of the rows, as if each were a replica."""
         parts = tf.nest.map_structure(lambda t: tf.reshape(t, [settings.accumulate, -1, *t.shape[1:]]), (batch, keys))
 

@@ -75,10 +75,9 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
     open_batches = functools.partial(open_train_batches, strategy, settings, state, train_source,
                                      functools.partial(train_dataset, on_bad=bad.found, on_times=stalls.spent))
     batches = open_batches()
-    evaluators = [] if eval_source is None else [
-        make_evaluate(strategy, model, settings, normalize, state, weights, source=eval_source,
-                      eval_dataset=eval_dataset, bad=eval_bad, open_batches=open_batches)
-        for weights in ['raw'] + ['ema'] * (settings.ema_decay is not None)]
+    evaluators = [] if eval_source is None else [make_evaluate(
+        strategy, model, settings, normalize, state, weights, source=eval_source, eval_dataset=eval_dataset,
+        bad=eval_bad, open_batches=open_batches) for weights in ['raw'] + ['ema'] * (settings.ema_decay is not None)]
 
     # ---- The run ----
     if is_writer:

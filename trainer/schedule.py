@@ -71,10 +71,8 @@ def _after_warmup(name: str, decay: Callable, num_steps: int, steps_per_epoch: f
         require(is_number(value, 0), f'{name}.{key}', value, 'a number, at least 0')
     require(warmup_epochs > 0 or initial_rate == 0, f'{name}.initial_rate', initial_rate,
             f'0, or be followed by a warmup: bind {name}.warmup_epochs')
-    require(rate_batch_size is None or isinstance(rate_batch_size, int) and is_number(rate_batch_size, 1),
-            f'{name}.rate_batch_size', rate_batch_size, 'None or a positive integer')
-    require(rate_batch_size is None or global_batch_size is not None, f'{name}.rate_batch_size', rate_batch_size,
-            'None where no global_batch_size is given')
+    require(rate_batch_size is None or global_batch_size is not None and is_number(rate_batch_size, 1, kind=int),
+            f'{name}.rate_batch_size', rate_batch_size, 'None or a positive integer, None without a global_batch_size')
     warmup_steps = warmup_epochs * steps_per_epoch
     if warmup_steps >= num_steps:
         raise ConfigError(f'{name}.warmup_epochs is {warmup_epochs} ({warmup_steps:.0f} steps); it must end before the '

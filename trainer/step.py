@@ -14,14 +14,11 @@ from ghostnet.keyed import row_keys, step_context
 from trainer.gradient import make_forward_backward
 from trainer.loss import smoothed_cross_entropy
 from trainer.metrics import SUMS, masked_sums
-from trainer.recipe import ConfigError, Train
+from trainer.recipe import Train, require
 from trainer.schedule import Rate
 from trainer.state import Tensors, TrainState, Values, Variables
 from trainer.strategy import find_worker, has_accelerator, is_multi_worker
 from trainer.update import make_update
-
-Normalize = Callable[[tf.Tensor], tf.Tensor]
-_compile = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 
 def distribute(strategy: tf.distribute.Strategy, make_dataset: Callable[..., tf.data.Dataset]) -> Any:
@@ -43,22 +40,38 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], i
     """Makes sum_over_workers(value) -> the sum of what all workers call it with, each at the same point of the run."""
     if not is_multi_worker(strategy):
         return int
-    num_local = len(strategy.extended.worker_devices)
-
-    def own_value(value):
-        return tf.where(tf.distribute.get_replica_context().replica_id_in_sync_group % num_local == 0, value, 0)
-
-    total = tf.function(lambda value: strategy.reduce('SUM', strategy.run(own_value, args=(value,)), axis=None))
-    return lambda value: int(total(tf.constant(value, tf.int64)))
+    num_local = len(strategy.extended.worker_devices)  # replicas that have a worker's value each
+    total = tf.function(lambda value: strategy.reduce('SUM', strategy.run(tf.identity, args=(value,)), axis=None))
+    return lambda value: int(total(tf.constant(value, tf.int64))) // num_local
 
 
 def _use_jit(strategy: tf.distribute.Strategy, settings: Train) -> bool:
     """train.jit: 'auto' compiles on GPU and TPU; XLA's depthwise convolution on the CPU is 8 times slower."""
     can_compile = not settings.sync_batch_norm or strategy.num_replicas_in_sync == 1
-    if settings.jit is True and not can_compile:
-        raise ConfigError('train.jit is True and so is train.sync_batch_norm: XLA cannot compile collectives of '
-                          f"{strategy.num_replicas_in_sync} replicas; take train.jit = 'auto' or False")
+    require(settings.jit is not True or can_compile, 'train.jit', True, "'auto' or False, as XLA cannot compile the "
+            f'collectives of {strategy.num_replicas_in_sync} replicas that train.sync_batch_norm = True takes')
     return has_accelerator() and can_compile if settings.jit == 'auto' else settings.jit
+
+
+def _share(strategy: tf.distribute.Strategy, jit: bool, function: Callable) -> Callable:
+    """A function of tensors, traced once for all replicas of this process; with `jit` XLA compiles it for each device.
+
+    tf.function alone makes a trace for each device too: eight for eight GPUs.
+    """
+    num_local = strategy.num_replicas_in_sync // find_worker(strategy)[1]
+    if isinstance(strategy, tf.distribute.TPUStrategy) or (num_local == 1 and not jit):
+        return function  # a TPU's replicas have one trace anyway, all of which is compiled
+    # Not inlined: the passes that TensorFlow makes over a graph would see a copy for each replica.
+    traced = tf.function(lambda *args: function(*args), jit_compile=jit or None, autograph=False,
+                         experimental_attributes={'_noinline': True})
+
+    def call(*args: Any) -> Any:
+        args = tf.nest.map_structure(tf.convert_to_tensor, args)
+        specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), args)
+        context = tf.distribute.get_replica_context()  # whose merge_call leaves the replica and its device
+        return context.merge_call(lambda _: traced.get_concrete_function(*specs))(*args)
+
+    return call
 
 
 def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any, dtype: str = 'float32') -> Any:
@@ -76,41 +89,37 @@ def _all_reduce_packed(all_reduce: Callable[[tf.Tensor], tf.Tensor], tree: Any, 
     return tf.nest.pack_sequence_as(tree, [s if s.shape == shape else tf.reshape(s, shape) for s, shape in sums])
 
 
-def _stay(tensor: tf.Tensor) -> tf.Tensor:
-    with tf.device(tensor.device):
-        return tf.identity(tensor)
-
-
-def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Normalize:
+def make_normalize(pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> Callable[[tf.Tensor], tf.Tensor]:
     """Pixels in 0..255, [B, H, W, 3] -> float32, (value / 255 - mean) / std for each of R, G, B."""
     scale = [1 / (255 * std) for std in pixel_std]
     offset = [-mean / std for mean, std in zip(pixel_mean, pixel_std, strict=True)]
     return lambda images: tf.cast(images, tf.float32) * scale + offset
 
 
-def make_step(model: keras.Model, settings: Train, *, normalize: Normalize, update_fn: Callable, schedule: Rate,
-              num_replicas: int, jit: bool) -> Callable[..., tuple[Values, Tensors]]:
-    """Makes step(values, batch, step_number, replica_id, all_reduce) -> (values, sums): what one replica computes.
+def make_step(model: keras.Model, settings: Train, *, normalize: Callable, update_fn: Callable, schedule: Rate,
+              num_replicas: int, all_reduce: Callable[[tf.Tensor], tf.Tensor],
+              share: Callable = lambda function: function) -> Callable[..., tuple[Values, Tensors]]:
+    """Makes step(values, batch, step_number, replica_id) -> (values, sums): what one replica computes.
 
-    A pure function: forward_backward, a packed all-reduce, update. `all_reduce` sums a float tensor over the replicas.
-    With `jit` XLA compiles the whole step on one replica, else forward_backward and update, each by itself.
+    A pure function: forward_backward, a packed all-reduce, update. `all_reduce` sums a float tensor over the replicas;
+    `share` wraps what knows of no other replica: of one all of the step, of many forward_backward and update.
     """
     rows, dtype = settings.global_batch_size // num_replicas, settings.all_reduce_dtype
     num_parts = num_replicas * settings.accumulate
     forward_backward = make_forward_backward(model, settings, normalize, num_replicas)
     update = make_update(update_fn, schedule, settings)
-    if jit and num_replicas > 1:  # made once, so that all replicas share what is compiled
-        forward_backward, update = _compile(forward_backward), _compile(update)
+    if settings.sync_batch_norm:  # on one replica too: any number computes the same
+        forward_backward = functools.partial(
+            forward_backward, cross_replica_mean=lambda t: all_reduce(t) / num_replicas if num_replicas > 1 else t)
+    elif num_replicas > 1:
+        forward_backward = share(forward_backward)
+    update = share(update) if num_replicas > 1 else update
 
-    def step(values: Values, batch: Tensors, step_number: tf.Tensor, replica_id: tf.Tensor, all_reduce: Callable):
-        def cross_replica_mean(t):
-            return all_reduce(t) / num_replicas if num_replicas > 1 else t
-
+    def step(values: Values, batch: Tensors, step_number: tf.Tensor, replica_id: tf.Tensor):
         keys = row_keys(settings.seed, step_number, replica_id * rows, rows)
         step_keys = row_keys(settings.seed, step_number, -2, 2)  # of no row, and the same on all replicas
         grads, new_stats, sums = forward_backward(
-            values.params, values.batch_stats, values.loss_scale, batch, keys, step_keys,
-            cross_replica_mean if settings.sync_batch_norm else None)  # on one too: any number computes the same
+            values.params, values.batch_stats, values.loss_scale, batch, keys, step_keys)
         if num_replicas > 1:
             if dtype != 'float32':  # of gradients alone: the rest keeps its digits, and goes amid the backward pass
                 new_stats, sums = _all_reduce_packed(all_reduce, (new_stats, sums))
@@ -123,7 +132,7 @@ def make_step(model: keras.Model, settings: Train, *, normalize: Normalize, upda
         taken = {name: tf.where(is_taken, value, 0.0) for name, value in (sums | {'grad_norm': norm}).items()}
         return new_values, taken | {'seen': sums['examples'], 'skipped': 1 - tf.cast(is_taken, tf.float32)}
 
-    return _compile(step) if jit and num_replicas == 1 else step
+    return step if num_replicas > 1 else share(step)
 
 
 def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state: TrainState, settings: Train,
@@ -131,18 +140,22 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
     """Makes train_loop(iterator, num_steps) -> float64 scalars summed over the steps, wherever loops begin.
 
     They are metrics.SUMS over examples of steps that were taken, 'seen' over those of all steps; 'grad_norm', 'skipped'
-    over steps; 'data_wait_secs'. step_arguments: `make_step`'s. Raises ConfigError: XLA cannot compile these settings.
+    over steps; 'data_wait_secs'. step_arguments: make_step's others. ConfigError: XLA cannot compile these settings.
     """
-    step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync, jit=_use_jit(strategy, settings),
-                     **step_arguments)
+    step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync,
+                     all_reduce=lambda t: tf.distribute.get_replica_context().all_reduce('SUM', t),
+                     share=functools.partial(_share, strategy, _use_jit(strategy, settings)), **step_arguments)
 
     @tf.autograph.experimental.do_not_convert  # AutoGraph takes a third of the time to trace, for nothing
     def replica_step(batch: Tensors) -> Tensors:
-        replica = tf.distribute.get_replica_context()
-        values, sums = step(state.read(), batch, tf.convert_to_tensor(state.step), replica.replica_id_in_sync_group,
-                            lambda t: replica.all_reduce(tf.distribute.ReduceOp.SUM, t))
+        replica_id = tf.distribute.get_replica_context().replica_id_in_sync_group
+        values, sums = step(state.read(), batch, tf.convert_to_tensor(state.step), replica_id)
         state.assign(values)
         return sums
+
+    def stay(tensor: tf.Tensor) -> tf.Tensor:
+        with tf.device(tensor.device):
+            return tf.identity(tensor)
 
     names = (*SUMS, 'seen', 'grad_norm', 'skipped')
 
@@ -157,7 +170,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
                 end = tf.timestamp()
             with tf.control_dependencies([end]):  # or a lone core would read the clock after the step
-                batch = tf.nest.map_structure(_stay, batch, expand_composites=True)
+                batch = tf.nest.map_structure(stay, batch, expand_composites=True)
             waited += end - start
             sums = strategy.run(replica_step, args=(batch,))
             totals += tf.cast(tf.stack([strategy.experimental_local_results(sums[n])[0] for n in names]), tf.float64)
@@ -171,8 +184,9 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 def _make_total(strategy: tf.distribute.Strategy, settings: Train, forward: Callable, params: Variables,
                 batch_stats: Variables, shape: list[int], reduction: str) -> Callable[..., np.ndarray]:
     """Makes total(iterator, loop_sizes): forward(params, batch_stats, batch) over replicas and batches, as float64."""
-    forward = _compile(forward) if _use_jit(strategy, settings) else tf.autograph.experimental.do_not_convert(forward)
+    forward = _share(strategy, _use_jit(strategy, settings), forward)
 
+    @tf.autograph.experimental.do_not_convert
     def replica_step(batch: Tensors) -> tf.Tensor:
         values = [[tf.convert_to_tensor(v) for v in variables.values()] for variables in (params, batch_stats)]
         return forward(*values, batch)
@@ -193,7 +207,7 @@ def _make_total(strategy: tf.distribute.Strategy, settings: Train, forward: Call
     return total
 
 
-def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
+def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Callable,
                        params: Variables, batch_stats: Variables) -> Callable[[Iterator, int, Iterable[int]], None]:
     """Makes estimate_loop(iterator, num_batches, loop_sizes), which assigns statistics of these batches to batch_stats.
 
@@ -222,7 +236,7 @@ def make_estimate_loop(strategy: tf.distribute.Strategy, model: keras.Model, set
     return estimate_loop
 
 
-def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Normalize,
+def make_eval_loop(strategy: tf.distribute.Strategy, model: keras.Model, settings: Train, normalize: Callable,
                    params: Variables, batch_stats: Variables) -> Callable[[Iterator, Iterable[int]], dict[str, float]]:
     """Makes eval_loop(iterator, loop_sizes) -> metrics.SUMS of the unmasked rows, and 'rows', all but the padding."""
     def forward(params: list[tf.Tensor], batch_stats: list[tf.Tensor], batch: Tensors) -> tf.Tensor:

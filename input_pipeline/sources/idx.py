@@ -63,9 +63,8 @@ def array_source(images: np.ndarray, labels: np.ndarray, num_classes: int | None
     if labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(f'{name}: labels are {labels.min()}..{labels.max()}; wanted 0..{num_classes - 1}')
     labels = labels.astype(np.int32)
-    return Source(name, len(images), [str(i) for i in range(num_classes)],
-                  lambda indices: ([encode_png(images[i]) for i in indices], labels[indices]),
-                  lambda i: f'{name} (image {i})')
+    return Source(name, len(images), [str(i) for i in range(num_classes)], lambda indices: (
+        [encode_png(images[i]) for i in indices], labels[indices]), lambda i: f'{name} (image {i})')
 
 
 def encode_png(image: np.ndarray) -> bytes:

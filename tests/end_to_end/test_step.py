@@ -78,6 +78,17 @@ def test_gradient_is_that_of_the_mean_loss_by_keras(network):
     assert sums['top1'] == np.sum(np.argmax(logits, 1) == batch['label'])
 
 
+def test_all_replicas_run_the_one_trace():
+    traces = []
+
+    def normalize(images):
+        traces.append(images.device)
+        return NORMALIZE(images)
+
+    build(num_replicas=4, normalize=normalize).run(make_batch())
+    assert traces == ['']  # for no device
+
+
 def test_without_synchronising_all_replicas_hold_the_mean_of_their_statistics():
     trainer, _, _ = one_step(small_network, 4, ema_decay=0.9)
     batch, quarter = make_batch(), ROWS // 4
