@@ -3,6 +3,7 @@
 For tests of what surrounds the network; in their long form it is the whole one.
 """
 
+import gc
 import os
 import sys
 
@@ -23,4 +24,6 @@ if __name__ == '__main__':
     from ghostnet import model
 
     model.BLOCKS = few_blocks()
-    sys.exit(main(sys.argv))
+    exit_code = main(sys.argv)
+    gc.freeze()  # as trainer.main does
+    sys.exit(exit_code)

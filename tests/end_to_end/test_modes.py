@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import few_blocks
 import pytest
 from cli_harness import assert_refused
 
@@ -43,11 +44,11 @@ def test_another_directory_with_relative_paths(tmp_path, folder, recipe, run, sn
     (tmp_path / 'data').symlink_to(folder)
     flags_ = ['--gin_file=mine.gin', '--gin_file=gin/hardware/cpu.gin', '--data_dir=data',
               '--gin_param=train.max_steps=1']
-    finished = run(*flags_, cwd=tmp_path)
+    finished = run(*flags_, cwd=tmp_path, command=few_blocks.COMMAND)
     assert (finished.returncode, finished.stdout) == (0, ''), finished.stderr
     assert finished.stderr.splitlines()[0] == 'workdir runs/mine'
     before = snapshot(tmp_path)
-    evaluated = run(*flags_, '--mode=eval', cwd=tmp_path)
+    evaluated = run(*flags_, '--mode=eval', cwd=tmp_path, command=few_blocks.COMMAND)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout.splitlines()[-1])['checkpoint'] == 'runs/mine/checkpoints/ckpt-00000001'
     assert snapshot(tmp_path) == before

@@ -16,9 +16,9 @@ import trainer
 from trainer import loop
 from trainer.preemption import StoppedEarly
 
-NUM_STEPS = 320
-SLOW = ('--gin_param=train.epochs=62', f'--gin_param=train.max_steps={NUM_STEPS}',
-        '--gin_param=train.eval_every_epochs=32')
+NUM_STEPS = 160
+SLOW = ('--gin_param=train.epochs=31', f'--gin_param=train.max_steps={NUM_STEPS}',
+        '--gin_param=train.eval_every_epochs=16')
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_a_signal_ends_the_run_at_a_step_that_is_saved(sent, start_run, tmp_path
     stdout, stderr = run.communicate(timeout=60)
     assert (run.returncode, stdout) == (42, ''), stderr
     assert f'{sent.name}: stopping and saving' in stderr and 'Traceback' not in stderr
-    step = int(re.search(r'stopped at step (\d+) of 320, and saved: the same command resumes', stderr)[1])
+    step = int(re.search(r'stopped at step (\d+) of 160, and saved: the same command resumes', stderr)[1])
     assert 4 <= step < NUM_STEPS
     assert tensors(tmp_path / 'run')['step'] == step
     if sent == signal.SIGTERM:

@@ -36,7 +36,7 @@ def test_replicas_with_synchronised_batch_norm_compute_what_one_computes(network
     assert_same_step(network, num_replicas, sync_batch_norm=True)
 
 
-@pytest.mark.parametrize('network', [small_network, whole_network])
+@pytest.mark.parametrize('network', [small_network, pytest.param(whole_network, marks=pytest.mark.long)])
 def test_synchronised_batch_norm_computes_what_the_fused_kernel_computes(network):
     """As near as that kernel's sums of all rows allow."""
     fused, _, sums_fused = one_step(network)
@@ -56,7 +56,8 @@ def test_gradients_that_are_summed_in_bfloat16_are_rounded_and_the_same_everywhe
     for name, values in replica_values(rounded).items():
         np.testing.assert_array_equal(values[0], values[1], err_msg=name)
 
-@pytest.mark.parametrize(('network', 'num_replicas'), [(small_network, 4), (whole_network, 2)])
+@pytest.mark.parametrize(('network', 'num_replicas'), [
+    (small_network, 4), pytest.param(whole_network, 2, marks=pytest.mark.long)])
 def test_replicas_with_batch_norm_in_inference_mode_compute_what_one_computes(network, num_replicas):
     assert_same_step(inference(network), num_replicas)
     trainer, before, _ = one_step(inference(network), num_replicas)
