@@ -7,8 +7,9 @@ from typing import Any
 
 # A resumed run may differ in these: they say where, how often or how fast, not what is computed.
 NOT_IN_FINGERPRINT = re.compile(
-    r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise|cache)|train\.(steps_per_loop|jit|max_.*|.*_secs|'
-    r'checkpoint_.*|keep_.*|log_.*|eval_.*|bad_example_budget|allow_config_change)')
+    r'build_strategy\..*|evaluate\..*|data\.(default_dir|otherwise|cache)|train\.(steps_per_loop|jit|max_steps|'
+    r'checkpoint_.*|keep_.*|log_.*|eval_.*|save_.*|bad_example_budget|max_rollbacks|grace_secs|'
+    r'step_timeout_secs|allow_config_change)')
 
 
 class ConfigError(Exception):
@@ -90,10 +91,10 @@ class Train:
             self, 'train', (lambda v: is_number(v) and v > 0, 'a positive number', 'epochs', 'eval_every_epochs',
                             'mixup_alpha', 'cutmix_alpha', 'clip_norm', 'adaptive_clip'),
             (lambda v: is_number(v, 0) and v <= 1, 'a number in [0, 1]', 'erase_probability'),
-            (lambda v: is_number(v, 1), 'a number from 1', 'spike_factor'),
             (lambda v: is_number(v) and v > 0, 'a positive number of seconds', 'grace_secs', 'step_timeout_secs',
-             'save_retry_secs', 'checkpoint_every_secs'), (lambda v: is_number(v, 0, 1), 'at least 0 and below 1',
-                                                           'label_smoothing', 'bad_example_budget', 'ema_decay'),
+             'save_retry_secs', 'checkpoint_every_secs'),
+            (lambda v: is_number(v, 0, 1), 'at least 0 and below 1', 'label_smoothing', 'bad_example_budget',
+             'ema_decay'), (lambda v: is_number(v, 1), 'a number from 1', 'spike_factor'),
             (lambda v: isinstance(v, str) and v, 'the path of a checkpoint or a file of weights', 'initial_weights'),
             (lambda v: is_number(v, 1, kind=int), 'a positive integer', 'global_batch_size', 'steps_per_loop',
              'accumulate', 'checkpoint_every_steps', 'keep_checkpoints', 'log_every_steps', 'max_steps',

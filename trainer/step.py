@@ -45,28 +45,23 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], i
     return lambda value: int(total(tf.constant(value, tf.int64))) // num_local
 
 
-def _use_jit(strategy: tf.distribute.Strategy, settings: Train) -> bool:
-    """train.jit: 'auto' compiles on GPU and TPU; XLA's depthwise convolution on the CPU is 8 times slower."""
+def _share(strategy: tf.distribute.Strategy, settings: Train, function: Callable) -> Callable:
+    """A function of tensors, traced once for all replicas of this process, and compiled for each device if train.jit.
+
+    tf.function alone makes a trace for each device too: eight for eight GPUs. 'auto' compiles on GPU and TPU; XLA's
+    depthwise convolution on the CPU is 8 times slower.
+    """
     can_compile = not settings.sync_batch_norm or strategy.num_replicas_in_sync == 1
     require(settings.jit is not True or can_compile, 'train.jit', True, "'auto' or False, as XLA cannot compile the "
             f'collectives of {strategy.num_replicas_in_sync} replicas that train.sync_batch_norm = True takes')
-    return has_accelerator() and can_compile if settings.jit == 'auto' else settings.jit
-
-
-def _share(strategy: tf.distribute.Strategy, jit: bool, function: Callable) -> Callable:
-    """A function of tensors, traced once for all replicas of this process; with `jit` XLA compiles it for each device.
-
-    tf.function alone makes a trace for each device too: eight for eight GPUs.
-    """
-    num_local = strategy.num_replicas_in_sync // find_worker(strategy)[1]
-    if isinstance(strategy, tf.distribute.TPUStrategy) or (num_local == 1 and not jit):
+    jit = has_accelerator() and can_compile if settings.jit == 'auto' else settings.jit
+    if isinstance(strategy, tf.distribute.TPUStrategy) or (len(strategy.extended.worker_devices) == 1 and not jit):
         return function  # a TPU's replicas have one trace anyway, all of which is compiled
     # Not inlined: the passes that TensorFlow makes over a graph would see a copy for each replica.
     traced = tf.function(lambda *args: function(*args), jit_compile=jit or None, autograph=False,
                          experimental_attributes={'_noinline': True})
 
     def call(*args: Any) -> Any:
-        args = tf.nest.map_structure(tf.convert_to_tensor, args)
         specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), args)
         context = tf.distribute.get_replica_context()  # whose merge_call leaves the replica and its device
         return context.merge_call(lambda _: traced.get_concrete_function(*specs))(*args)
@@ -144,11 +139,11 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
     """
     step = make_step(model, settings, num_replicas=strategy.num_replicas_in_sync,
                      all_reduce=lambda t: tf.distribute.get_replica_context().all_reduce('SUM', t),
-                     share=functools.partial(_share, strategy, _use_jit(strategy, settings)), **step_arguments)
+                     share=functools.partial(_share, strategy, settings), **step_arguments)
 
     @tf.autograph.experimental.do_not_convert  # AutoGraph takes a third of the time to trace, for nothing
     def replica_step(batch: Tensors) -> Tensors:
-        replica_id = tf.distribute.get_replica_context().replica_id_in_sync_group
+        replica_id = tf.convert_to_tensor(tf.distribute.get_replica_context().replica_id_in_sync_group)
         values, sums = step(state.read(), batch, tf.convert_to_tensor(state.step), replica_id)
         state.assign(values)
         return sums
@@ -184,7 +179,7 @@ def make_train_loop(strategy: tf.distribute.Strategy, model: keras.Model, state:
 def _make_total(strategy: tf.distribute.Strategy, settings: Train, forward: Callable, params: Variables,
                 batch_stats: Variables, shape: list[int], reduction: str) -> Callable[..., np.ndarray]:
     """Makes total(iterator, loop_sizes): forward(params, batch_stats, batch) over replicas and batches, as float64."""
-    forward = _share(strategy, _use_jit(strategy, settings), forward)
+    forward = _share(strategy, settings, forward)
 
     @tf.autograph.experimental.do_not_convert
     def replica_step(batch: Tensors) -> tf.Tensor:

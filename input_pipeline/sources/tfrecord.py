@@ -34,7 +34,7 @@ def open_tfrecord(data_dir: str, split: str) -> Source:
 def make_indexed_source(name: str, paths: Sequence[str], index: np.ndarray, class_names: Sequence[str],
                         first: int = 0) -> Source:
     """Source over shards with the index that `load_record_index` gave. `first`: class 0's label."""
-    is_bad = (index[:, 3] < first) | (index[:, 3] >= first + len(class_names))
+    is_bad = _are_out_of_range(index[:, 3], len(class_names), first)
     labels = np.where(is_bad, 0, index[:, 3] - first).astype(np.int32)
 
     def read(indices):
@@ -116,9 +116,13 @@ def label_rule(labels: np.ndarray, load_labels: Callable[[str], np.ndarray], dat
     return first, [str(i) for i in range(num_classes)]
 
 
+def _are_out_of_range(labels: np.ndarray, num_classes: int, first: int) -> np.ndarray:
+    return (labels < first) | (labels >= first + num_classes)
+
+
 def check_labels(labels: np.ndarray, num_classes: int, what: str, right: str, first: int = 0) -> None:
     """Raises DataError if so many labels (of records that have one) are out of range that these are no bad examples."""
-    wrong = np.flatnonzero(((labels < first) | (labels >= first + num_classes)) & (labels != NO_LABEL))
+    wrong = np.flatnonzero(_are_out_of_range(labels, num_classes, first) & (labels != NO_LABEL))
     if len(wrong) > MAX_BAD_LABELS * len(labels):
         raise DataError(f'{what}: {len(wrong)} of {len(labels)} labels are out of range (example {wrong[0]} is class '
                         f'{labels[wrong[0]] - first} counted from 0); {right}')
