@@ -40,7 +40,7 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], i
     """Makes sum_over_workers(value) -> the sum of what all workers call it with, each at the same point of the run."""
     if not is_multi_worker(strategy):
         return int
-    num_local = len(strategy.extended.worker_devices)  # replicas that have a worker's value each
+    num_local = strategy.num_replicas_in_sync // find_worker(strategy)[1]  # replicas that have a worker's value each
     total = tf.function(lambda value: strategy.reduce('SUM', strategy.run(tf.identity, args=(value,)), axis=None))
     return lambda value: int(total(tf.constant(value, tf.int64))) // num_local
 
@@ -48,14 +48,15 @@ def make_sum_over_workers(strategy: tf.distribute.Strategy) -> Callable[[int], i
 def _share(strategy: tf.distribute.Strategy, settings: Train, function: Callable) -> Callable:
     """A function of tensors, traced once for all replicas of this process, and compiled for each device if train.jit.
 
-    tf.function alone makes a trace for each device too: eight for eight GPUs. 'auto' compiles on GPU and TPU; XLA's
-    depthwise convolution on the CPU is 8 times slower.
+    tf.function alone makes a trace for each device too, eight for eight GPUs: here merge_call leaves the device before.
+    'auto' compiles on GPU and TPU; XLA's depthwise convolution on the CPU is 8 times slower.
     """
     can_compile = not settings.sync_batch_norm or strategy.num_replicas_in_sync == 1
     require(settings.jit is not True or can_compile, 'train.jit', True, "'auto' or False, as XLA cannot compile the "
             f'collectives of {strategy.num_replicas_in_sync} replicas that train.sync_batch_norm = True takes')
     jit = has_accelerator() and can_compile if settings.jit == 'auto' else settings.jit
-    if isinstance(strategy, tf.distribute.TPUStrategy) or (len(strategy.extended.worker_devices) == 1 and not jit):
+    if isinstance(strategy, tf.distribute.TPUStrategy) or (
+            strategy.num_replicas_in_sync == find_worker(strategy)[1] and not jit):
         return function  # a TPU's replicas have one trace anyway, all of which is compiled
     # Not inlined: the passes that TensorFlow makes over a graph would see a copy for each replica.
     traced = tf.function(lambda *args: function(*args), jit_compile=jit or None, autograph=False,
@@ -63,8 +64,7 @@ def _share(strategy: tf.distribute.Strategy, settings: Train, function: Callable
 
     def call(*args: Any) -> Any:
         specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), args)
-        context = tf.distribute.get_replica_context()  # whose merge_call leaves the replica and its device
-        return context.merge_call(lambda _: traced.get_concrete_function(*specs))(*args)
+        return tf.distribute.get_replica_context().merge_call(lambda _: traced.get_concrete_function(*specs))(*args)
 
     return call
 
