@@ -18,6 +18,8 @@ ahead. All use as many threads or worker processes as there are cores. They take
   torchvision v1, PIL      ImageFolder as it is: antialiased, decodes whole images
   bare decoding            whole images from memory, each into the same buffer; nothing else
   bare crop and decode     decode_and_crop_jpeg of the windows that ours takes, in a map over bytes in memory
+  bare decode and resize   what ours calls of simplejpeg and OpenCV, over bytes in memory, and nothing else: what is
+                           left to gain by whoever takes these libraries
 
 With --augment=rand those that have a RandAugment, which comes last:
   ours                     timm's rand-m9-mstd0.5: two operations, each by a chance of 0.5, bilinear or bicubic
@@ -30,7 +32,6 @@ grey level tells that all see the same images) and measurement ('cores_taken': b
 a table and one JSON object: medians over the rounds of the rate and of ours divided by it.
 """
 import argparse
-import io
 import json
 import math
 import os
@@ -42,6 +43,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from input_pipeline_bounds import crop_and_decode, decode_and_resize
 from input_pipeline_others import BATCH, NUM_CORES, OTHER_AUGMENTED, OTHER_CONTESTANTS, RATIO, SCALE
 from turns import serve, take_turns
 
@@ -122,33 +124,6 @@ def uniform_window(sides):
     return tf.cast(tf.concat([place, window], 0), tf.int32)
 
 
-def crop_and_decode(shard_dir: Path, image_size: int) -> Iterator:
-    """Yields the top left pixels of the windows of the first four epochs, again and again."""
-    import numpy as np
-    import tensorflow as tf
-    from PIL import Image
-
-    import input_pipeline
-    from input_pipeline.preprocess import crop_window
-
-    source = input_pipeline.open_source('tfrecord', str(shard_dir), 'train')
-    encoded, _ = source.read(np.arange(len(source)))
-    windows = []
-    for epoch in range(4):
-        for i, image in enumerate(encoded):
-            width, height = Image.open(io.BytesIO(image)).size
-            key = np.array([input_pipeline.order.epoch_key(0, epoch), i]).view(np.uint64)
-            draws = np.random.Generator(np.random.Philox(key=key)).random(22)
-            windows.append(crop_window(draws, height, width, SCALE, RATIO))
-
-    # Only one pixel leaves the map: handing each image to Python would cost more than some of them take to decode.
-    images = tf.data.Dataset.from_tensor_slices(encoded).repeat()
-    dataset = tf.data.Dataset.zip(images, tf.data.Dataset.from_tensor_slices(windows).repeat()).map(
-        lambda image, window: tf.image.decode_and_crop_jpeg(image, window, 3, dct_method='INTEGER_ACCURATE')[0, 0],
-        num_parallel_calls=NUM_CORES, deterministic=False)
-    yield from dataset.batch(BATCH).prefetch(2)
-
-
 # name -> (what makes its batches, changed settings)
 CONTESTANTS = {
     'ours': (ours, {}),
@@ -156,6 +131,7 @@ CONTESTANTS = {
     'plain tf.data': (plain, {}),
     'plain tf.data, uniform windows': (plain, {'uniform_windows': True}),
     'bare crop and decode': (crop_and_decode, {}),
+    'bare decode and resize': (decode_and_resize, {}),
 }
 # The same with --augment=rand.
 AUGMENTED = {
