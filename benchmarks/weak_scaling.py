@@ -9,9 +9,12 @@ take turns of seconds:
   apart, in step    the same, each step begun when both have done the one before: what the slower one of each step
                     costs, which nothing that trains synchronously can save
   float32, bfloat16 two that train together, gradients sent so
-Efficiencies are medians over the rounds. Needs two free cores and 14 GB. Prints one JSON object.
+  ... at best       in step, and after each step the time that TensorFlow's all-reduce of as many numbers takes two
+                    workers that do nothing else: what is left when packing, casts and statistics cost nothing
+Efficiencies are medians over the rounds. Needs two free cores and 16 GB. Prints one JSON object.
 """
 import argparse
+import functools
 import json
 import os
 import socket
@@ -19,42 +22,82 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
-from train_step import ask, rates_in_turns, start
+from train_step import ROOT, ask, rates_in_turns, run, serve, start
 
 CASES = {'224 px, batch 32 a worker': (224, 32, 2), '128 px, batch 16 a worker': (128, 16, 5)}
+DTYPES = ('float32', 'bfloat16')
+NUM_PARAMETERS, COLLECTIVES = 5_183_016, 10  # of GhostNet 1.0; one after the other in a call
 
 
-def start_workers(image_size: int, rows: int, cores: list[int], dtype: str) -> list[subprocess.Popen]:
+def start_workers(start_worker: Callable[..., subprocess.Popen], cores: list[int]) -> list[subprocess.Popen]:
     """The processes of one run."""
     sockets = [socket.create_server(('127.0.0.1', 0)) for _ in cores]
     addresses = [f'127.0.0.1:{each.getsockname()[1]}' for each in sockets]
     for each in sockets:
         each.close()
-    settings = {'name': 'multi_worker', 'image_size': image_size, 'global_batch_size': rows * len(cores),
-                'all_reduce_dtype': dtype}
-    return [start(settings, str(core), TF_CONFIG=json.dumps(
+    return [start_worker(str(core), TF_CONFIG=json.dumps(
         {'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': i}})) for i, core in enumerate(cores)]
+
+
+def make_all_reduce(dtype: str) -> Callable[[int], float]:
+    """measure(num_steps): seconds that the sum of all parameters over the workers takes, in one collective."""
+    sys.path.insert(0, str(ROOT))
+    from trainer.main import import_tensorflow
+    import_tensorflow()
+    import tensorflow as tf
+
+    from trainer.strategy import build_strategy
+
+    strategy = build_strategy('multi_worker')
+
+    def replica_fn():
+        tensor = tf.zeros([NUM_PARAMETERS // 128, 128], dtype)
+        for _ in range(COLLECTIVES):
+            tensor = tf.distribute.get_replica_context().all_reduce('SUM', tensor)
+        return tensor[0, 0]
+
+    all_reduce = tf.function(lambda: strategy.run(replica_fn), autograph=False)
+
+    def measure(num_steps: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(num_steps):
+            float(all_reduce())
+        return (time.perf_counter() - begin) / (num_steps * COLLECTIVES)
+
+    measure(2)
+    return measure
+
+
+def start_all_reduce(dtype: str, core: str, **variables: str) -> subprocess.Popen:
+    """A process with `make_all_reduce(dtype)` on this core."""
+    return run(['taskset', '-c', core, sys.executable, __file__, f'--all_reduce={dtype}'], **variables)
 
 
 def measure(image_size: int, rows: int, num_steps: int, cores: list[int], rounds: int) -> dict[str, list[float]]:
     """Images a second over both cores, of each way and round."""
     one = {'name': 'one_device', 'image_size': image_size, 'global_batch_size': rows}
     apart = [start(one, str(core)) for core in cores]
-    talking = {dtype: start_workers(image_size, rows, cores, dtype) for dtype in ('float32', 'bfloat16')}
+    two = {'name': 'multi_worker', 'image_size': image_size, 'global_batch_size': rows * len(cores)}
+    talking = {dtype: start_workers(functools.partial(start, two | {'all_reduce_dtype': dtype}), cores)
+               for dtype in DTYPES}
+    reducing = {dtype: start_workers(functools.partial(start_all_reduce, dtype), cores) for dtype in DTYPES}
 
-    def in_step():
+    def in_step(dtype=None):
         begin = time.perf_counter()
         for _ in range(num_steps):
             ask(apart, 1)
-        return num_steps * rows * len(apart) / (time.perf_counter() - begin)
+        secs = time.perf_counter() - begin + (num_steps * max(ask(reducing[dtype], num_steps)) if dtype else 0)
+        return num_steps * rows * len(apart) / secs
 
-    return rates_in_turns([*apart, *talking['float32'], *talking['bfloat16']], {
+    return rates_in_turns([*apart, *(p for each in (talking, reducing) for ps in each.values() for p in ps)], {
         'alone': lambda: sum(ask([process], num_steps)[0] for process in apart),
         'apart': lambda: sum(ask(apart, num_steps)),
         'apart, in step': in_step,
         'float32': lambda: min(ask(talking['float32'], num_steps)),  # each gives the rate of both
-        'bfloat16': lambda: min(ask(talking['bfloat16'], num_steps))}, rounds)
+        'bfloat16': lambda: min(ask(talking['bfloat16'], num_steps)),
+        'float32 at best': lambda: in_step('float32'), 'bfloat16 at best': lambda: in_step('bfloat16')}, rounds)
 
 
 def main() -> None:
@@ -62,7 +105,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--case', choices=CASES, action='append', help='all by default')
+    parser.add_argument('--all_reduce', choices=DTYPES, help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.all_reduce:
+        serve(make_all_reduce(flags.all_reduce))
+        return
     cores = sorted(os.sched_getaffinity(0))[:2]
     report = {'cores': cores, 'rounds': flags.rounds}
     for case in flags.case or CASES:
