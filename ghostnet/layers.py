@@ -38,8 +38,7 @@ class BatchNorm(keras.layers.Layer):
         if not training:
             return fused(mean=self.moving_mean, variance=self.moving_variance).y
         step = current_step()
-        y, mean, variance = (fused(mean=tf.constant([]), variance=tf.constant([]))[:3]
-                             if step.cross_replica_mean is None else self._synchronised(x, step))
+        y, mean, variance = self._synchronised(x, step) if step.cross_replica_mean else fused(mean=[], variance=[])[:3]
         momentum = self.momentum if step.momentum is None else step.momentum
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(momentum * tf.convert_to_tensor(moving) + (1 - momentum) * batch)
