@@ -129,7 +129,6 @@ def count_macs(model: keras.Model, image_size: int | tuple[int, int] = 224) -> i
     height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     spec = tf.TensorSpec([1, height, width, 3], tf.float32)
     graph = tf.function(lambda images: model(images, training=False)).get_concrete_function(spec).graph
-    shapes = [(op.inputs[1].shape, op.outputs[0].shape) for op in graph.get_operations()
-              if op.type in ('Conv2D', 'DepthwiseConv2dNative', 'MatMul')]
     # Each element of a kernel takes one multiply-add at each place of the output.
-    return sum(kernel.num_elements() * out.num_elements() // out[-1] for kernel, out in shapes)
+    return sum(op.inputs[1].shape.num_elements() * math.prod(op.outputs[0].shape[:-1])
+               for op in graph.get_operations() if op.type in ('Conv2D', 'DepthwiseConv2dNative', 'MatMul'))
