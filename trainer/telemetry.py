@@ -78,9 +78,8 @@ class Telemetry:
     def _writer(self, kind: str) -> tf.summary.SummaryWriter:
         if kind not in self._writers:
             with tf.Graph().as_default():  # TensorBoard drops what a run that ended later had written for later steps
-                start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
                 with tf.compat.v1.summary.FileWriter(str(self._workdir / kind)) as writer:
-                    writer.add_session_log(start, self._resumed_step + 1)
+                    writer.add_session_log(tf.compat.v1.SessionLog(status='START'), self._resumed_step + 1)
             self._writers[kind] = tf.summary.create_file_writer(str(self._workdir / kind))
             self._files.enter_context(contextlib.suppress(tf.errors.OpError))  # in closing it: report() has said so
             self._files.callback(self._writers[kind].close)
