@@ -41,16 +41,15 @@ def make_evaluate(strategy: tf.distribute.Strategy, model: keras.Model, settings
             batch_stats = {path: tf.Variable(value, trainable=False) for path, value in batch_stats.items()}
         estimate_loop = make_estimate_loop(strategy, model, settings, normalize, params, batch_stats)
     eval_loop = make_eval_loop(strategy, model, settings, normalize, params, batch_stats)
-    batches = distribute(strategy, functools.partial(eval_dataset, source, on_bad=bad.found,
-                                                     global_batch_size=settings.global_batch_size))
-    num_batches = -(-len(source) // settings.global_batch_size)
+    rows = settings.global_batch_size
+    batches = distribute(strategy, functools.partial(eval_dataset, source, global_batch_size=rows, on_bad=bad.found))
     # Traced now: what fails, fails before training, and no change of the source, which tracing reads, spoils it later.
     eval_loop(iter(batches), [0])
 
     def evaluate(split: Callable[[int], Iterable[int]]) -> dict[str, float]:
         if count := settings.eval_precise_batch_norm:
             estimate_loop(open_batches(), count, split(count))
-        sums = eval_loop(iter(batches), split(num_batches))
+        sums = eval_loop(iter(batches), split(math.ceil(len(source) / rows)))
         if round(sums['rows']) != len(source):
             raise RuntimeError(f'{sums["rows"]:.0f} rows were evaluated, there are {len(source)} examples')
         if round(sums['examples']) < len(source):  # the others are bad
