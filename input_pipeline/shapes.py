@@ -15,7 +15,6 @@ NUM_EXAMPLES = {'train': 5000, 'test': 1000}
 _LUMA = np.array([5, 9, 2], np.int16)  # of red, green and blue, in sixteenths
 UNIT = 1024
 _COS_SIN_72 = ((1024, 0), (316, 974), (-828, 602), (-828, -602), (316, -974))  # of multiples of 72 degrees, times UNIT
-_COS_SIN_120 = ((1024, 0), (-512, 887), (-512, -887))
 
 
 def _disc(u: np.ndarray, v: np.ndarray, radius: int = 860) -> np.ndarray:
@@ -29,7 +28,7 @@ SHAPES: dict[str, Shape] = {
     'disc': _disc,
     'ring': lambda u, v: _disc(u, v, 920) & ~_disc(u, v, 500),
     'square': lambda u, v: np.maximum(abs(u), abs(v)) <= 700,
-    'triangle': lambda u, v: np.maximum.reduce([a * u + b * v for a, b in _COS_SIN_120]) <= 510 * UNIT,
+    'triangle': lambda u, v: np.maximum(UNIT * u, 887 * abs(v) - 512 * u) <= 510 * UNIT,  # sides 120 degrees apart
     # A pentagram: within at least four of the five half-planes that bound its inner pentagon.
     'star': lambda u, v: sum((a * u + b * v <= 315 * UNIT).astype(np.int8) for a, b in _COS_SIN_72) >= 4,
     'cross': lambda u, v: (np.minimum(abs(u), abs(v)) <= 250) & (np.maximum(abs(u), abs(v)) <= 950),
@@ -96,22 +95,21 @@ def _mix(colours: np.ndarray, pattern: np.ndarray) -> np.ndarray:
 def _pattern(bits: np.random.Philox, height: int, width: int) -> np.ndarray:
     """int16 [height, width] in 0..64: a texture of random kind, direction and period."""
     kind = ('gradient', 'stripes', 'checks', 'waves', 'clouds')[_between(bits, 0, 4)]
-    y, x = np.arange(height, dtype=np.int64), np.arange(width, dtype=np.int64)
+    y, x = np.arange(height, dtype=np.int64)[:, None], np.arange(width, dtype=np.int64)
     if kind == 'clouds':  # random values on a grid, interpolated linearly
         power = _between(bits, 2, 5)
         cell = 1 << power
         rows, columns = height // cell + 2, width // cell + 2
         knots = np.array([_between(bits, 0, 64) for _ in range(rows * columns)], np.int64).reshape(rows, columns)
-        along_y, along_x = (np.maximum(cell - abs(at[:, None] - cell * np.arange(num)), 0)
-                            for at, num in ((y, rows), (x, columns)))
-        return (along_y @ knots @ along_x.T >> 2 * power).astype(np.int16)
+        along_y = np.maximum(cell - abs(y - cell * np.arange(rows)), 0)
+        along_x = np.maximum(cell - abs(x - cell * np.arange(columns)[:, None]), 0)
+        return (along_y @ knots @ along_x >> 2 * power).astype(np.int16)
     a, b, h = _rotation(bits)
     period = 2 * (height + width) if kind == 'gradient' else _between(bits, 6, 28)
     y, x = y + _between(bits, 0, 511), x + _between(bits, 0, 511)
 
     def phase(a: int, b: int) -> np.ndarray:  # 128 steps a period along the direction (a, b)
-        along_x, along_y = a * 128 * x // (h * period), b * 128 * y // (h * period)
-        return along_x.astype(np.int16) + along_y.astype(np.int16)[:, None]
+        return (a * 128 * x // (h * period)).astype(np.int16) + (b * 128 * y // (h * period)).astype(np.int16)
 
     if kind == 'stripes':
         return phase(a, b) & 64
