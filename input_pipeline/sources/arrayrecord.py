@@ -19,8 +19,7 @@ def open_arrayrecord(data_dir: str, split: str) -> Source:
         def build():
             # The classes are not known yet: any label is let through, and the rule looks at them all.
             everything = make_record_source(f'{split} of {data_dir}', paths, IMAGE_KEY, LABEL_KEY, range(1 << 31))
-            examples = map(everything.__getitem__, range(len(everything)))
-            return np.array([label if image else NO_LABEL for image, label in examples], np.int64)
+            return np.array([label if image else NO_LABEL for image, label in everything], np.int64)
 
         return cached_array(paths, split + _SUFFIX, f'{IMAGE_KEY} {LABEL_KEY}', build)
 
