@@ -127,10 +127,10 @@ def _make_dataset(source: Source, batches: tf.data.Dataset, examples: Callable, 
             cv2.ipp.setUseIPP_NotExact(True)
             chosen = start + np.flatnonzero(indices[start:start + part_rows] >= 0)
             encoded, labels[chosen] = source.read(indices[chosen])
-            laps.append(('read', time.perf_counter()))
             philox = np.random.Philox(0)
             rng, state = np.random.Generator(philox), philox.state
             for row, data in zip(chosen, encoded):
+                laps.append(('read', time.perf_counter()))
                 state['state']['key'] = keys[row]
                 philox.state = state  # ten times as fast as another generator
                 image = images[row]

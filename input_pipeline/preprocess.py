@@ -65,7 +65,10 @@ def make_random_resized_crop(scale: tuple[float, float] = (0.08, 1.0),
 
 def _resize(part: np.ndarray, out: np.ndarray) -> None:
     averages = min(part.shape[:2]) >= 2 * len(out)  # of four pixels bilinear would leave out more and more
-    cv2.resize(part, out.shape[:2], out, interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR)
+    # Intel's resize takes half the time for four channels that it takes for three on AMD's processors; the same pixels.
+    resized = cv2.resize(cv2.cvtColor(part, cv2.COLOR_RGB2RGBA), out.shape[:2],
+                         interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR)
+    cv2.cvtColor(resized, cv2.COLOR_RGBA2RGB, out)
 
 
 def crop_window(uniform: Sequence[float], height: int, width: int, scale: tuple[float, float],

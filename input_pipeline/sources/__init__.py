@@ -36,7 +36,7 @@ def open_source(name: str, data_dir: str, split: str, *, prepare: bool = False) 
         source = _open(name, data_dir, split, prepare)
         if not len(source):
             raise DataError(f'{source.name} holds no example')
-        first, _ = source.read(np.arange(min(16, len(source))))
+        first = list(source.read(np.arange(min(16, len(source))))[0])
     except (OSError, tf.errors.OpError) as error:
         raise DataError(f'{name} in {data_dir} cannot be read: {error}') from error
     # One bad file is masked in training; when all of the first are bad, these are not images at all.

@@ -1,6 +1,6 @@
 """What a source of examples is, and the error that says why there is none."""
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -16,8 +16,9 @@ class Source:
     name: str  # what was opened, for messages
     size: int  # number of examples
     class_names: Sequence[str]  # of the labels 0..num_classes-1
-    # int64 [n] indices -> (n encoded images, int32 [n] labels). Any number of threads may call it at once.
-    read: Callable[[np.ndarray], tuple[list[bytes], np.ndarray]]
+    # int64 [n] indices -> (n encoded images, which may be read as they are taken, so that a decoder finds them in the
+    # processor's cache, int32 [n] labels). Any number of threads may call it at once.
+    read: Callable[[np.ndarray], tuple[Iterable[bytes], np.ndarray]]
     where: Callable[[int], str]  # index -> file and record of that example, for messages
     # index -> why that example cannot be used whatever its image is, or ''. Its image is read as b''.
     problem: Callable[[int], str] = lambda index: ''
@@ -33,7 +34,7 @@ class Source:
         if not 0 <= index < self.size:
             raise IndexError(f'{self.name} has examples 0..{self.size - 1}, not {index}')
         encoded, labels = self.read(np.array([index], np.int64))
-        return encoded[0], int(labels[0])
+        return next(iter(encoded)), int(labels[0])
 
     def cached(self) -> 'Source':
         """The same, but images stay in memory once read: in time the whole split (ImageNet: 148 GB) in each process."""

@@ -25,7 +25,7 @@ def assert_holds(source, examples, num_classes=5):
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, [examples[i][1] for i in order])
     encoded, labels = source.read(order[:0])
-    assert len(encoded) == 0
+    assert list(encoded) == []
     assert labels.shape == (0,)
     with pytest.raises(IndexError):
         source[len(examples)]
