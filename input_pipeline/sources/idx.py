@@ -54,8 +54,7 @@ def array_source(images: np.ndarray, labels: np.ndarray, num_classes: int | None
     num_classes is by default the largest label and one. Raises DataError for wrong shapes, types or labels.
     """
     images, labels = np.asarray(images), np.asarray(labels)
-    is_right = images.ndim == 3 or images.ndim == 4 and images.shape[3] == 3
-    if images.dtype != np.uint8 or not is_right or not images.size:
+    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)) or not images.size:
         raise DataError(f'{name}: images are {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3] or [N, H, W]')
     if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
         raise DataError(f'{name}: labels are {labels.dtype} {list(labels.shape)}; wanted integers [{len(images)}]')
