@@ -12,8 +12,6 @@ from tensorflow.python.eager import context  # the only way to ask whether a pee
 from trainer.exits import EXIT_STOPPED, end, leave, show
 from trainer.strategy import describe_worker, find_worker, is_multi_worker
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # srun hands the last one on
-
 
 class StoppedEarly(Exception):
     """The run was asked to stop; once this has left `loop.train`, everything is saved."""
@@ -35,7 +33,8 @@ class StopSignals:
     def __enter__(self) -> 'StopSignals':
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._before = {n: signal.getsignal(n) for n in _STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # srun hands the last one on
+        self._before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         self.install()
         # Python calls its handlers only once TensorFlow has returned; this descriptor has the number at once.
         self._fd_before = signal.set_wakeup_fd(self._writer)
