@@ -69,8 +69,7 @@ def start_from(path: str, model: keras.Model, state: TrainState) -> None:
         tensors, _, left_out = checkpoint.load_fitting(Path(path), weights, kinds)
         if not tensors:
             raise ConfigError(f'train.initial_weights is {path!r}, of which nothing fits: {left_out}')
-        for name, tensor in tensors.items():
-            weights[name].assign(tensor)
+        state.restore(tensors)
         logging.info('%d of %d variables start from %s: %s', len(tensors), len(weights), path, left_out)
     else:
         try:
