@@ -20,7 +20,7 @@ def images_and_windows(shard_dir: Path) -> tuple[list[bytes], list[tuple[int, in
     from input_pipeline.preprocess import crop_window
 
     source = input_pipeline.open_source('tfrecord', str(shard_dir), 'train')
-    encoded, _ = source.read(np.arange(len(source)))
+    encoded = list(source.read(np.arange(len(source)))[0])
     windows = []
     for epoch in range(4):
         for i, image in enumerate(encoded):
@@ -52,7 +52,7 @@ def decode_and_resize(shard_dir: Path, image_size: int) -> Iterator[np.ndarray]:
     import cv2
     import simplejpeg
 
-    from input_pipeline.preprocess import _read_simple_jpeg_header
+    from input_pipeline.preprocess import _read_simple_jpeg_header, _resize
 
     encoded, windows = images_and_windows(shard_dir)
     calls = []
@@ -70,7 +70,7 @@ def decode_and_resize(shard_dir: Path, image_size: int) -> Iterator[np.ndarray]:
             parts, bottom, columns, window = calls[(number * BATCH + row) % len(calls)]
             pixels = simplejpeg.decode_jpeg(b''.join(parts), fastupsample=True, min_height=bottom, min_width=columns,
                                             strict=False)
-            cv2.resize(pixels[window], (image_size, image_size), batch[row], interpolation=cv2.INTER_LINEAR)
+            _resize(pixels[window], batch[row])
         return batch
 
     with ThreadPoolExecutor(NUM_CORES) as threads:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 _REMEDIES = {'read': 'a faster disk or, for files far away, train_dataset.shuffle_block',
-             'decode': 'more cores, smaller files, or a smaller train_dataset.image_size',
+             'decode': 'more cores (above six: more processes), smaller files, or a smaller train_dataset.image_size',
              'augment': 'more cores, or another train_dataset.augment',
              **dict.fromkeys(['batch', 'copy'], 'a smaller train_dataset.image_size, or more workers')}
 
