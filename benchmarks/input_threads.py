@@ -20,6 +20,8 @@ import time
 import types
 from pathlib import Path
 
+from turns import images_per_sec
+
 BATCH = 512
 
 
@@ -44,17 +46,12 @@ def measure(shard_dir: Path, num_threads: int, decode_ms: float, repeats: int, s
         ipp=cv2.ipp, INTER_AREA=cv2.INTER_AREA, INTER_LINEAR=cv2.INTER_LINEAR, COLOR_RGB2RGBA=cv2.COLOR_RGB2RGBA,
         COLOR_RGBA2RGB=cv2.COLOR_RGBA2RGB, cvtColor=lambda *_: cv2.cvtColor(small, cv2.COLOR_RGB2RGBA),
         resize=lambda *_, **__: cv2.resize(small, (4, 4)))
-    batches = iter(input_pipeline.train_dataset(source, global_batch_size=BATCH, image_size=224))
-    for _ in range(8):
-        next(batches)
-    rates, used = [], []
+    dataset = input_pipeline.train_dataset(source, global_batch_size=BATCH, image_size=224)
+    batches, rates, used = (batch['image'] for batch in dataset), [], []
     for _ in range(repeats):
-        start, cpu_start, num_images = time.perf_counter(), time.process_time(), 0
-        while (elapsed := time.perf_counter() - start) < secs:
-            next(batches)
-            num_images += BATCH
-        rates.append(num_images / elapsed)
-        used.append((time.process_time() - cpu_start) / elapsed)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        rates.append(images_per_sec(batches, secs))
+        used.append((time.process_time() - cpu_start) / (time.perf_counter() - start))
     return {'threads': num_threads, 'images_per_sec': round(statistics.median(rates)), 'min': round(min(rates)),
             'max': round(max(rates)), 'cores_used': round(statistics.median(used), 2),
             'if_nothing_held_them_up': round(1000 * num_threads / decode_ms)}
