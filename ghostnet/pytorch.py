@@ -56,7 +56,9 @@ def load_pytorch_weights(model: keras.Model, path_or_mapping: str | os.PathLike 
     """
     is_mapping = isinstance(path_or_mapping, Mapping)
     state = path_or_mapping if is_mapping else _read(os.fspath(path_or_mapping))
-    state = {key.removeprefix('module.'): _to_numpy(value)  # DistributedDataParallel's prefix
+    # 'module.' is DistributedDataParallel's prefix; a tensor may be on any device, and NumPy knows no bfloat16.
+    state = {key.removeprefix('module.'):
+             np.asarray(value.detach().cpu().float() if hasattr(value, 'detach') else value, np.float32)
              for key, value in state.get('state_dict', state.get('model', state)).items()
              if not key.endswith('num_batches_tracked')}
     variables = _variables_by_key(model)
@@ -108,12 +110,6 @@ def _axes(variable: keras.Variable) -> tuple[int, ...]:
     # Kernels are [k, k, in, out] here and [out, in, k, k] there; depthwise [k, k, C, 1] and [C, 1, k, k]. A 1 tells the
     # depthwise ones: no ordinary convolution of the network has one output.
     return (2, 3, 0, 1) if variable.shape[3] == 1 else (3, 2, 0, 1)
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    if hasattr(value, 'detach'):  # a PyTorch tensor, on any device; NumPy knows no bfloat16
-        value = value.detach().cpu().float()
-    return np.asarray(value, np.float32)
 
 
 def _read(path: str) -> Mapping[str, Any]:

@@ -159,6 +159,22 @@ def test_large_parts_are_averaged_whatever_the_format(photo, encode, kind, image
         assert np.abs(cropped(crop, encoded, generator(), image_size) - wanted).mean() < 4
 
 
+@pytest.mark.parametrize('is_exact', [True, False])
+def test_processors_of_both_makers_give_the_same_pixels(photo, monkeypatch, is_exact):
+    image = photo(6, 500, 500)
+    before = cv2.ipp.useIPP_NotExact()
+    cv2.ipp.setUseIPP_NotExact(not is_exact)
+    try:
+        for height, width, size in ((31, 47, 96), (224, 224, 224), (300, 401, 224), (500, 430, 224), (499, 500, 100)):
+            resized = np.zeros([2, size, size, 3], np.uint8)
+            for is_amd in (False, True):
+                monkeypatch.setattr(preprocess, '_IS_AMD', is_amd)
+                preprocess._resize(image[-height:, -width:], resized[int(is_amd)])
+            np.testing.assert_array_equal(*resized)
+    finally:
+        cv2.ipp.setUseIPP_NotExact(before)
+
+
 @pytest.mark.parametrize('factors', [(0x31, 0x11, 0x11), (0x22, 0x12, 0x11), (0x42, 0x11, 0x11)])
 def test_unusual_chroma_is_decoded_as_pil_does(encode, factors):
     encoded = bytearray(encode(np.full([64, 64, 3], 200, np.uint8), subsampling='4:4:4'))
