@@ -11,6 +11,9 @@ take turns of seconds:
   float32, bfloat16 two that train together, gradients sent so
   ... at best       in step, and after each step the time that TensorFlow's all-reduce of as many numbers takes two
                     workers that do nothing else: what is left when packing, casts and statistics cost nothing
+  bare sockets      in step, and after each step the time that a socket takes to carry the bytes of bfloat16 both ways,
+                    half of them and then the others, as every all-reduce of two must: what is left when messages
+                    and sums cost nothing either
 Efficiencies are medians over the rounds. Needs two free cores and 16 GB. Prints one JSON object.
 """
 import argparse
@@ -23,11 +26,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from train_step import ROOT, ask, rates_in_turns, run, serve, start
 
 CASES = {'224 px, batch 32 a worker': (224, 32, 2), '128 px, batch 16 a worker': (128, 16, 5)}
-DTYPES = ('float32', 'bfloat16')
+DTYPES, SOCKETS = ('float32', 'bfloat16'), 'bare sockets'
 NUM_PARAMETERS, COLLECTIVES = 5_183_016, 10  # of GhostNet 1.0; one after the other in a call
 
 
@@ -70,9 +74,39 @@ def make_all_reduce(dtype: str) -> Callable[[int], float]:
     return measure
 
 
-def start_all_reduce(dtype: str, core: str, **variables: str) -> subprocess.Popen:
-    """A process with `make_all_reduce(dtype)` on this core."""
-    return run(['taskset', '-c', core, sys.executable, __file__, f'--all_reduce={dtype}'], **variables)
+def make_exchange() -> Callable[[int], float]:
+    """measure(num_steps): seconds in which two processes give each other as many bytes as all parameters have."""
+    cluster = json.loads(os.environ['TF_CONFIG'])
+    host, port = cluster['cluster']['worker'][0].split(':')
+    if cluster['task']['index'] == 0:
+        with socket.create_server((host, int(port))) as server:
+            peer, _ = server.accept()
+    else:
+        while True:
+            try:
+                peer = socket.create_connection((host, int(port)))
+                break
+            except ConnectionRefusedError:  # the other one is not there yet
+                time.sleep(0.1)
+    half = NUM_PARAMETERS  # bytes, of two for each
+    sent, received = bytes(half), memoryview(bytearray(half))
+
+    def measure(num_steps: int) -> float:
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(1) as sender:
+            for _ in range(2 * COLLECTIVES * num_steps):
+                sending, at = sender.submit(peer.sendall, sent), 0
+                while at < half:
+                    at += peer.recv_into(received[at:])
+                sending.result()
+        return (time.perf_counter() - begin) / (num_steps * COLLECTIVES)
+
+    return measure
+
+
+def start_sending(what: str, core: str, **variables: str) -> subprocess.Popen:
+    """A process with `make_all_reduce(what)` or `make_exchange()` on this core."""
+    return run(['taskset', '-c', core, sys.executable, __file__, f'--send={what}'], **variables)
 
 
 def measure(image_size: int, rows: int, num_steps: int, cores: list[int], rounds: int) -> dict[str, list[float]]:
@@ -82,22 +116,23 @@ def measure(image_size: int, rows: int, num_steps: int, cores: list[int], rounds
     two = {'name': 'multi_worker', 'image_size': image_size, 'global_batch_size': rows * len(cores)}
     talking = {dtype: start_workers(functools.partial(start, two | {'all_reduce_dtype': dtype}), cores)
                for dtype in DTYPES}
-    reducing = {dtype: start_workers(functools.partial(start_all_reduce, dtype), cores) for dtype in DTYPES}
+    sending = {what: start_workers(functools.partial(start_sending, what), cores) for what in (*DTYPES, SOCKETS)}
 
-    def in_step(dtype=None):
+    def in_step(then=()):
         begin = time.perf_counter()
         for _ in range(num_steps):
             ask(apart, 1)
-        secs = time.perf_counter() - begin + (num_steps * max(ask(reducing[dtype], num_steps)) if dtype else 0)
+        secs = time.perf_counter() - begin + num_steps * max(ask(then, num_steps), default=0)
         return num_steps * rows * len(apart) / secs
 
-    return rates_in_turns([*apart, *(p for each in (talking, reducing) for ps in each.values() for p in ps)], {
+    return rates_in_turns([*apart, *(p for each in (talking, sending) for ps in each.values() for p in ps)], {
         'alone': lambda: sum(ask([process], num_steps)[0] for process in apart),
         'apart': lambda: sum(ask(apart, num_steps)),
         'apart, in step': in_step,
         'float32': lambda: min(ask(talking['float32'], num_steps)),  # each gives the rate of both
         'bfloat16': lambda: min(ask(talking['bfloat16'], num_steps)),
-        'float32 at best': lambda: in_step('float32'), 'bfloat16 at best': lambda: in_step('bfloat16')}, rounds)
+        'float32 at best': lambda: in_step(sending['float32']),
+        'bfloat16 at best': lambda: in_step(sending['bfloat16']), SOCKETS: lambda: in_step(sending[SOCKETS])}, rounds)
 
 
 def main() -> None:
@@ -105,10 +140,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--case', choices=CASES, action='append', help='all by default')
-    parser.add_argument('--all_reduce', choices=DTYPES, help=argparse.SUPPRESS)
+    parser.add_argument('--send', choices=(*DTYPES, SOCKETS), help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    if flags.all_reduce:
-        serve(make_all_reduce(flags.all_reduce))
+    if flags.send:
+        serve(make_exchange() if flags.send == SOCKETS else make_all_reduce(flags.send))
         return
     cores = sorted(os.sched_getaffinity(0))[:2]
     report = {'cores': cores, 'rounds': flags.rounds}
