@@ -99,7 +99,7 @@ class Train:
             (lambda v: is_number(v, 1, kind=int), 'a positive integer', 'global_batch_size', 'steps_per_loop',
              'accumulate', 'checkpoint_every_steps', 'keep_checkpoints', 'log_every_steps', 'max_steps',
              'keep_every_steps', 'rollback_after'),
-            (lambda v: is_number(v, 0, kind=int), 'an integer from 0', 'seed', 'max_rollbacks'),
+            (lambda v: is_number(v, 0, 2**32, kind=int), 'an integer from 0 below 2**32', 'seed', 'max_rollbacks'),
             (lambda v: is_number(v, 0, kind=int), 'a number of batches, or 0', 'eval_precise_batch_norm'),
             (lambda v: isinstance(v, bool), 'True or False', 'sync_batch_norm', 'eval_flip', 'allow_config_change'),
             (lambda v: v in ('auto', True, False), "'auto', True or False", 'jit'),
