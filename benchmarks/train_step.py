@@ -75,9 +75,9 @@ def start(settings: dict, cores: str | None = None, root: Path = ROOT, **variabl
 
 
 def run(command: list[str], **variables: str) -> subprocess.Popen:
-    """A process that measures when it is told to, with these environment variables."""
+    """A process that measures when it is told to, with these environment variables; in large pages, as trainer.main."""
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, **variables})
+                            env={'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1', **os.environ, **variables})
 
 
 def serve(measure: Callable[[int], float]) -> None:

@@ -23,8 +23,7 @@ Crop = Callable[[bytes, np.random.Generator, np.ndarray], None]
 MAX_PIXELS = 2 * 1024**3 // 4 // 3  # more is taken for a decompression bomb: twice what Pillow begins to warn of
 DECODERS = {b'\xff\xd8\xff': JpegImagePlugin.JpegImageFile, b'\x89PNG': PngImagePlugin.PngImageFile,
             b'GIF8': GifImagePlugin.GifImageFile, b'BM': BmpImagePlugin.BmpImageFile}
-# What they raise, besides ValueError.
-_DECODE_ERRORS = (OSError, SyntaxError, EOFError, IndexError, OverflowError, TypeError, struct.error, zlib.error)
+_PILLOW_ERRORS = (OSError, SyntaxError, EOFError, IndexError, OverflowError, TypeError, struct.error, zlib.error)
 _IS_AMD = 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
 
 cv2.setNumThreads(1)  # images are decoded in many threads already
@@ -146,7 +145,7 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
             if not 0 < image.width * image.height <= MAX_PIXELS or image.mode[0] in 'IF':  # would be clipped to 8 bits
                 raise ValueError(f'{image.format}: image of {image.height} x {image.width} pixels in mode {image.mode}')
             yield image
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
+    except (*_PILLOW_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f'{decoder.format} cannot be decoded: {error}') from error
 
 

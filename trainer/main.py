@@ -132,6 +132,9 @@ def import_tensorflow() -> None:
 
 
 if __name__ == '__main__':
+    if 'GLIBC_TUNABLES' not in os.environ:  # read as a process starts: 2 MB pages make steps 1.03 to 1.06 as fast
+        os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     exit_code = main(sys.argv)
     gc.freeze()  # or the interpreter, on its way out, searches for seconds through all that was traced
     sys.exit(exit_code)

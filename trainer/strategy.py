@@ -37,12 +37,10 @@ def build_strategy(name: str = 'auto', num_devices: int | None = None, op_thread
     if op_threads is not None:
         tf.config.threading.set_intra_op_parallelism_threads(op_threads)
     # Or glibc gives the memory of tensors back to Linux, and gets it zeroed page by page: up to half of each step.
-    if mallopt := getattr(ctypes.CDLL(None), 'mallopt', None):
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-            mallopt(parameter, value)
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(parameter, value)
     gpus = tf.config.list_physical_devices('GPU')
-    num_present = len(list(Path('/proc/driver/nvidia/gpus').glob('*')))
-    if num_present > len(gpus):  # or a day is lost on the CPU
+    if (num_present := len(list(Path('/proc/driver/nvidia/gpus').glob('*')))) > len(gpus):  # or a day is lost on CPUs
         logging.warning('this machine has %d NVIDIA GPUs, TensorFlow sees %d: install the cuda extra '
                         "(pip install -e '.[cuda]'), and look at CUDA_VISIBLE_DEVICES", num_present, len(gpus))
     if name == 'auto' and os.environ.get('PJRT_DEVICE') == 'TPU':  # launch/tpu_vm.sh sets it, or no chips are found
