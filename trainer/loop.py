@@ -183,7 +183,7 @@ def train(settings: Train, data: Data, *, strategy: tf.distribute.Strategy, trai
                 save()
             if is_ending:
                 saver.finish(settings.grace_secs if is_stopping else settings.save_retry_secs, sum_over_workers)
-                logging.info('%s', goodput)
+                telemetry.progress(str(goodput), is_lasting=True)
             if is_stopping and not (step == plan.last_step and is_evaluated):
                 raise StoppedEarly(f'stopped at step {step} of {plan.last_step}, and saved')
     return final

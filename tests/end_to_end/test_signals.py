@@ -4,7 +4,10 @@ import functools
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import few_blocks
 import keras
@@ -16,6 +19,7 @@ import trainer
 from trainer import loop
 from trainer.preemption import StoppedEarly
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_STEPS = 160
 SLOW = ('--gin_param=train.epochs=31', f'--gin_param=train.max_steps={NUM_STEPS}',
         '--gin_param=train.eval_every_epochs=16')
@@ -57,6 +61,21 @@ def test_a_signal_ends_the_run_at_a_step_that_is_saved(sent, start_run, tmp_path
         again = start_run(*SLOW)
         assert again.wait(timeout=120) == 0 and f'ckpt-{step:08d}' in again.stderr.read()
         assert tensors(tmp_path / 'run')['step'] == NUM_STEPS
+
+
+def test_ctrl_c_in_a_terminal(folder, recipe, tmp_path):
+    """What the run was spent on takes the place of the bar, and does not stand behind it."""
+    in_terminal = 'import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))'
+    run = subprocess.Popen([sys.executable, '-c', in_terminal, *few_blocks.COMMAND, f'--gin_file={recipe}', *SLOW,
+                            '--gin_param=train.log_every_steps=1000',
+                            f'--data_dir={folder}', f'--workdir={tmp_path / "run"}'], stdin=subprocess.PIPE,
+                           stdout=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(REPOSITORY)})
+    wait_for((tmp_path / 'run/checkpoints/ckpt-00000004').exists, run)
+    written, _ = run.communicate(b'\x03', timeout=60)
+    assert run.returncode == 42, written
+    shown = [line.rpartition('\r')[2] for line in written.decode().split('\r\n')]
+    assert sum(line.startswith('goodput ') for line in shown) == 1, shown
+    assert not any('ETA' in line and 'goodput' in line for line in shown), shown
 
 
 def test_what_takes_long_to_be_dropped_does_not_hold_up_the_end(command, folder, recipe, tmp_path, monkeypatch):
